@@ -1,0 +1,179 @@
+"""Reading a Hugging Face checkpoint directory without trusting it: safetensors only, no pickle, no remote code.
+
+Opening looks at the headers alone, so a plan for a 7B model costs milliseconds; tensors are read one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from reroute.errors import UserError
+from reroute.manifest import sha256_of
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is, and its shape."""
+
+    shard: str
+    key: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint directory.
+
+    Attributes:
+        folder: the directory.
+        config: parsed config.json.
+        entries: tensors by *canonical* name, the same for all generations of the LLaVA layout (`canonical_name`).
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    entries: Mapping[str, Entry]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Open a directory. Raises UserError: not a checkpoint, pickled weights, a missing or corrupt shard."""
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} is not a directory", hint="give a checkpoint directory with config.json and *.safetensors"
+            )
+        config = read_json(folder, "config.json", required=True)
+        return cls(folder, config, _scan(folder))
+
+    @property
+    def shards(self) -> list[str]:
+        """Shard file names, sorted."""
+        return sorted({entry.shard for entry in self.entries.values()})
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of config and weights."""
+        digest = hashlib.sha256()
+        for name in ("config.json", *self.shards):
+            digest.update(f"{name}={sha256_of(self.folder / name)}\n".encode())
+        return digest.hexdigest()
+
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check that a tensor is there and has the shape that the config implies. Raises UserError."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise UserError(f"{self.folder} lacks the tensor {name}", hint="config.json and the weights do not match")
+        if entry.shape != shape:
+            raise UserError(
+                f"the tensor {entry.key} has shape {list(entry.shape)}, config.json implies {list(shape)}",
+                hint="config.json and the weights do not match",
+            )
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Read one tensor by canonical name."""
+        entry = self.entries[name]
+        with safe_open(self.folder / entry.shard, framework="pt") as shard:
+            return shard.get_tensor(entry.key).to(dtype)
+
+    def count(self, prefix: str) -> int:
+        """Number of parameters whose canonical name starts with `prefix`."""
+        total = 0
+        for name, entry in self.entries.items():
+            if name.startswith(prefix):
+                size = 1
+                for length in entry.shape:
+                    size *= length
+                total += size
+        return total
+
+
+def canonical_name(key: str) -> str:
+    """One name for a LLaVA tensor, whichever version of transformers wrote it.
+
+    `language_model.model.X`, `model.language_model.X` -> `language_model.X`; `language_model.lm_head` -> `lm_head`;
+    `vision_tower.vision_model.X`, `model.vision_tower.vision_model.X` -> `vision_tower.X`.
+    """
+    for part in ("language_model.", "vision_tower.", "multi_modal_projector."):
+        if key.startswith("model." + part):
+            key = key.removeprefix("model.")
+    for long, short in (
+        ("language_model.model.", "language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("vision_tower.vision_model.", "vision_tower."),
+    ):
+        if key.startswith(long):
+            key = short + key.removeprefix(long)
+    return key
+
+
+def read_json(folder: Path, name: str, *, required: bool = False) -> dict[str, Any]:
+    """Parse a JSON object of the checkpoint; {} if it is absent and not required. Raises UserError."""
+    path = folder / name
+    if not path.is_file():
+        if required:
+            raise UserError(
+                f"{folder} holds no {name}: it is not a checkpoint",
+                hint="give the directory of a Hugging Face checkpoint, the one that config.json is in",
+            )
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot parse {path}: {error}", hint="the file is damaged: copy it again") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a JSON object", hint="the file is damaged: copy it again")
+    return data
+
+
+def _scan(folder: Path) -> dict[str, Entry]:
+    """Read the headers of all shards."""
+    index = read_json(folder, INDEX_FILE)
+    weight_map = index.get("weight_map")
+    if index and not isinstance(weight_map, dict):
+        raise UserError(f"{folder / INDEX_FILE} has no weight_map", hint="the file is damaged: copy it again")
+    if weight_map:
+        shards = sorted(set(weight_map.values()))
+    elif (folder / SINGLE_FILE).is_file():
+        shards = [SINGLE_FILE]
+    else:
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{folder} holds pickled weights ({pickles[0]}) and no safetensors; pickle can run code when it is read",
+                hint="convert it where you trust it: AutoModel.from_pretrained(...).save_pretrained(...)",
+            )
+        raise UserError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}", hint="the weights are missing")
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise UserError(f"{INDEX_FILE} names a shard outside the directory: {shard}", hint="do not use this file")
+        if not (folder / shard).is_file():
+            raise UserError(f"{folder} lacks the shard {shard}", hint=f"{INDEX_FILE} names it: copy it again")
+        try:
+            with safe_open(folder / shard, framework="np") as file:
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    shape = tuple(file.get_slice(key).get_shape())
+                    entries[canonical_name(key)] = Entry(shard, key, shape)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"cannot read the shard {shard}: {error}", hint="it is damaged or cut short: copy it again"
+            ) from error
+    if weight_map:
+        for key in weight_map:
+            if canonical_name(key) not in entries:
+                raise UserError(f"no shard holds {key}, which {INDEX_FILE} lists", hint="copy the shards again")
+    return entries

@@ -1,0 +1,56 @@
+"""The supported model families: one file each, one line here. A family says how to read a config and how to build the
+modules that are traced; it never appears by name in the decoder, the engines or the runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from reroute.errors import UserError, nearest
+from reroute.export.checkpoint import Checkpoint
+from reroute.export.decoder import RoutedDecoder
+from reroute.export.models import llava
+from reroute.manifest import Model
+from reroute.routing import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a model family provides.
+
+    Attributes:
+        read: checks a checkpoint against its config and describes it. Raises UserError.
+        build_decoder: the routed decoder with its weights.
+        build_vision: pixel values [M, 3, H, W] to visual embeddings [M, N, D], with its weights.
+        names: how to call the family in messages.
+    """
+
+    read: Callable[[Checkpoint], Model]
+    build_decoder: Callable[[Checkpoint, Model, Schedule], RoutedDecoder]
+    build_vision: Callable[[Checkpoint, Model], nn.Module]
+    names: str = field(default="")
+
+
+FAMILIES: dict[str, Family] = {
+    "llava": Family(
+        read=llava.read,
+        build_decoder=llava.build_decoder,
+        build_vision=llava.build_vision,
+        names="LLaVA-1.5 with a Llama text model and a CLIP tower",
+    ),
+}
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """Look the model type up. Raises UserError that lists the supported ones."""
+    model_type = checkpoint.config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        supported = "; ".join(f"{key} ({value.names})" for key, value in FAMILIES.items())
+        near = nearest(str(model_type), FAMILIES).partition("? ")
+        prefix = near[0] + "? " if near[1] else ""
+        raise UserError(f"model type {model_type!r} is not supported", hint=f"{prefix}supported: {supported}")
+    return family

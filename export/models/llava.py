@@ -1,0 +1,285 @@
+"""LLaVA-1.5 (arXiv 2310.03744): CLIP tower, two-layer projector, Llama text model (MHA or GQA)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from reroute.errors import UserError
+from reroute.export.checkpoint import Checkpoint, read_json
+from reroute.export.decoder import RoutedDecoder
+from reroute.manifest import ImageProcessing, Model, TextModel, Tokens, VisionModel
+from reroute.routing import Schedule
+
+# Our parameter -> the checkpoint's tensor, for one decoder layer. Linear weights are stored transposed, [in, out].
+_LAYER_NAMES = {
+    "input_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "post_norm": "post_attention_layernorm",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+
+
+def parse_config(checkpoint: Checkpoint) -> LlavaConfig:
+    """The config with transformers' defaults filled in. Raises UserError for what we do not support, by name."""
+    try:
+        config = LlavaConfig.from_dict(checkpoint.config)
+    except Exception as error:  # transformers raises many types for a bad config; all are the user's to mend
+        raise UserError(f"config.json is not a valid LLaVA config: {error}", hint="copy config.json again") from error
+    text, vision = config.text_config, config.vision_config
+    rope = dict(text.rope_parameters or {})
+    for what, value, supported in (
+        ("text model", text.model_type, "llama"),
+        ("text activation", text.hidden_act, "silu"),
+        ("vision tower", vision.model_type, "clip_vision_model"),
+        ("rotary type", rope.get("rope_type", "default"), "default"),
+        ("partial rotary factor", float(rope.get("partial_rotary_factor") or 1.0), 1.0),
+    ):
+        if value != supported:
+            raise UserError(f"the {what} {value!r} is not supported in a LLaVA model", hint=f"supported: {supported}")
+    strategy = config.vision_feature_select_strategy
+    if strategy not in ("default", "full"):
+        raise UserError(f"vision_feature_select_strategy {strategy!r} is unknown", hint="supported: default, full")
+    return config
+
+
+def read(checkpoint: Checkpoint) -> Model:
+    """Check config, tensors' names and shapes, tokenizer and processor, and describe the model."""
+    config = parse_config(checkpoint)
+    text, vision = text_model(config), vision_model(config)
+    for name, shape in decoder_shapes(config, text).items():
+        checkpoint.require(name, shape)
+    with torch.device("meta"):
+        tower = VisionTower(config)
+    for name, tensor in tower.state_dict().items():
+        checkpoint.require(name, tuple(tensor.shape))
+    head = 0 if config_ties(config) else checkpoint.count("lm_head.")
+    vision_parameters = sum(tensor.numel() for tensor in tower.state_dict().values())
+    return Model(
+        model_type="llava",
+        text=text,
+        vision=vision,
+        image=image_processing(checkpoint),
+        tokens=tokens(checkpoint, config),
+        num_parameters={"decoder": checkpoint.count("language_model.") + head, "vision": vision_parameters},
+        checkpoint_sha256=checkpoint.sha256,
+    )
+
+
+def config_ties(config: LlavaConfig) -> bool:
+    """Whether lm_head shares the embedding; the outer and the text config may both say so."""
+    return bool(config.tie_word_embeddings or getattr(config.text_config, "tie_word_embeddings", False))
+
+
+def text_model(config: LlavaConfig) -> TextModel:
+    """Shape of the decoder."""
+    text = config.text_config
+    return TextModel(
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
+        vocab_size=text.vocab_size,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_theta=float(text.rope_parameters["rope_theta"]),
+        max_position_embeddings=text.max_position_embeddings,
+        tie_word_embeddings=config_ties(config),
+    )
+
+
+def vision_model(config: LlavaConfig) -> VisionModel:
+    """Grid and size of the tower; only the layers up to the last feature layer are counted, because only they run."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    extra = 1 if config.vision_feature_select_strategy == "full" else 0
+    return VisionModel(
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        grid=(side, side),
+        tokens_per_image=side * side + extra,
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_layers=max(feature_layers(config)),
+    )
+
+
+def feature_layers(config: LlavaConfig) -> list[int]:
+    """Indices into the tower's hidden states (0 = embeddings), as non-negative numbers."""
+    chosen = config.vision_feature_layer
+    count = config.vision_config.num_hidden_layers + 1
+    layers = [chosen] if isinstance(chosen, int) else list(chosen)
+    if any(not -count <= layer < count for layer in layers):
+        raise UserError(
+            f"vision_feature_layer {chosen} does not exist in a tower of {count - 1} layers", hint="see config.json"
+        )
+    return [layer % count for layer in layers]
+
+
+def decoder_shapes(config: LlavaConfig, text: TextModel) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of all decoder tensors that the config implies."""
+    q, kv, size, inner = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim, text.hidden_size, 0
+    inner = text.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "language_model.embed_tokens.weight": (text.vocab_size, size),
+        "language_model.norm.weight": (size,),
+    }
+    if not text.tie_word_embeddings:
+        shapes["lm_head.weight"] = (text.vocab_size, size)
+    linear = {
+        "self_attn.q_proj": (q, size),
+        "self_attn.k_proj": (kv, size),
+        "self_attn.v_proj": (kv, size),
+        "self_attn.o_proj": (size, q),
+        "mlp.gate_proj": (inner, size),
+        "mlp.up_proj": (inner, size),
+        "mlp.down_proj": (size, inner),
+    }
+    for layer in range(text.num_layers):
+        start = f"language_model.layers.{layer}."
+        shapes |= {f"{start}{norm}.weight": (size,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        for name, shape in linear.items():
+            shapes[f"{start}{name}.weight"] = shape
+            biased = config.text_config.mlp_bias if name.startswith("mlp") else config.text_config.attention_bias
+            if biased:
+                shapes[f"{start}{name}.bias"] = shape[:1]
+    return shapes
+
+
+def image_processing(checkpoint: Checkpoint) -> ImageProcessing:
+    """Constants of the CLIP image processor. Raises UserError for steps that the runtime does not have."""
+    data = read_json(checkpoint.folder, "preprocessor_config.json")
+    data = data or read_json(checkpoint.folder, "processor_config.json").get("image_processor", {})
+    if not data:
+        raise UserError(f"{checkpoint.folder} holds no preprocessor_config.json", hint="copy the processor files too")
+    kind = str(data.get("image_processor_type", "CLIPImageProcessor"))
+    if not kind.startswith("CLIPImageProcessor"):
+        raise UserError(f"the image processor {kind!r} is not supported", hint="supported: CLIPImageProcessor")
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    off = [step for step in steps if not data.get(step, True)]
+    if off or data.get("do_pad"):
+        what = ", ".join(f"{step}=false" for step in off) or "do_pad=true"
+        raise UserError(f"the image processor has {what}", hint="supported: resize, centre crop, rescale, normalise")
+    size, crop = data.get("size", 224), data.get("crop_size", 224)
+    edge = size.get("shortest_edge") if isinstance(size, dict) else size
+    if edge is None:
+        raise UserError(f"the image processor resizes to {size}", hint="supported: shortest_edge")
+    height, width = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
+    mean, std = data["image_mean"], data["image_std"]
+    return ImageProcessing(
+        shortest_edge=int(edge),
+        crop_height=int(height),
+        crop_width=int(width),
+        resample=int(data.get("resample", 3)),
+        rescale_factor=float(data.get("rescale_factor", 1 / 255)),
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
+    )
+
+
+def tokens(checkpoint: Checkpoint, config: LlavaConfig) -> Tokens:
+    """Special tokens from config, generation config and tokenizer files."""
+    path = checkpoint.folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{checkpoint.folder} holds no tokenizer.json",
+            hint="write it once: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise UserError(f"cannot read tokenizer.json: {error}", hint="the file is damaged: copy it again") from error
+    image_token = tokenizer.id_to_token(config.image_token_id)
+    if image_token is None:
+        raise UserError(
+            f"the tokenizer has no token {config.image_token_id}, config.json's image token",
+            hint="tokenizer.json and config.json do not match",
+        )
+    settings = read_json(checkpoint.folder, "tokenizer_config.json")
+    generation = read_json(checkpoint.folder, "generation_config.json")
+    eos: Any = generation.get("eos_token_id", config.text_config.eos_token_id)
+    eos_ids = tuple(eos) if isinstance(eos, list) else (int(eos),)
+    return Tokens(
+        image_token=image_token,
+        image_token_id=config.image_token_id,
+        bos_token=_token_text(settings.get("bos_token")),
+        eos_token=_token_text(settings.get("eos_token")),
+        eos_token_ids=eos_ids,
+    )
+
+
+def _token_text(value: Any) -> str:
+    """Tokenizer configs hold a token as a string, as {"content": ...}, or not at all."""
+    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
+
+
+def build_decoder(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> RoutedDecoder:
+    """The routed decoder with fp32 weights, transposed to [in, out]."""
+    config = parse_config(checkpoint).text_config
+    with torch.device("meta"):
+        decoder = RoutedDecoder(
+            model.text, schedule, attention_bias=config.attention_bias, mlp_bias=config.mlp_bias
+        )
+    state: dict[str, Tensor] = {}
+    for name in decoder.state_dict():
+        source = decoder_source(name, tied=model.text.tie_word_embeddings)
+        tensor = checkpoint.load(source, torch.float32)
+        is_linear = name.endswith("_proj.weight") or name == "lm_head.weight"
+        state[name] = tensor.T.contiguous() if is_linear else tensor
+    decoder.load_state_dict(state, assign=True)
+    return decoder.eval()
+
+
+def decoder_source(name: str, *, tied: bool) -> str:
+    """Canonical checkpoint name of a parameter of `RoutedDecoder`."""
+    if name == "embed" or (tied and name == "lm_head.weight"):
+        return "language_model.embed_tokens.weight"
+    if not name.startswith("layers."):
+        return name if name.startswith("lm_head") else f"language_model.{name}"
+    _, layer, part, leaf = name.split(".")
+    return f"language_model.layers.{layer}.{_LAYER_NAMES[part]}.{leaf}"
+
+
+class VisionTower(nn.Module):
+    """The checkpoint's own CLIP tower up to the last feature layer, and its projector."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        self.features = feature_layers(config)
+        self.drop_cls = config.vision_feature_select_strategy == "default"
+        settings = config.vision_config.to_dict() | {"num_hidden_layers": max(self.features)}
+        clip = CLIPVisionConfig(**settings)
+        clip._attn_implementation = "sdpa"
+        self.vision_tower = CLIPVisionModel(clip)
+        # Only the pooled output uses this norm, and nobody asks for it.
+        self.vision_tower.post_layernorm = nn.Identity()
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[M, 3, H, W] float to [M, N, D] float."""
+        hidden = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
+        states = [hidden]
+        for layer in self.vision_tower.encoder.layers:
+            output = layer(states[-1], attention_mask=None)
+            states.append(output[0] if isinstance(output, tuple) else output)
+        chosen = [states[index][:, 1:] if self.drop_cls else states[index] for index in self.features]
+        return self.multi_modal_projector(torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0])
+
+
+def build_vision(checkpoint: Checkpoint, model: Model) -> nn.Module:
+    """The tower with fp32 weights."""
+    tower = VisionTower(parse_config(checkpoint))
+    names = tower.state_dict().keys()
+    tower.load_state_dict({name: checkpoint.load(name, torch.float32) for name in names}, assign=True)
+    return tower.eval().requires_grad_(False)

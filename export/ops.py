@@ -1,0 +1,156 @@
+"""The ops a routed decoder is made of, as torch custom ops: a plain reference and a fake for tracing.
+
+Six ops, one name in every place (torch, ONNX, TensorRT): the three of routing, and three that every backend has its
+own fast form of. Row layout throughout: heads stay packed in the last dimension, so that rows can be gathered by slot.
+
+Letters: B batch, S rows of the step, A rows that run, N candidates, T text rows, C cache capacity, H query heads,
+G key/value heads, d head size, E any row width.
+
+| op | inputs | output |
+|---|---|---|
+| select | q_last [B, H*d], keys [B, S, G*d], candidates i64 [B, N], always i64 [B, T] | i64 [B, T + min(keep, N)] |
+| gather | x [B, S, E], slots i64 [B, A] | [B, A, E] |
+| scatter | full [B, S, E], slots i64 [B, A], rows [B, A, E] | [B, S, E] |
+| rms_norm | x [..., E], weight [E] | [..., E] |
+| rotary | x [B, A, heads*d], cos and sin [S, d/2], slots i64 [B, A] | [B, A, heads*d] |
+| attention | q [B, A, H*d], k and v [B, A, G*d], past k and v [B, G, C, d], kv_len i32 [1] | out, present k, present v |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+@custom_op("reroute::select", mutates_args=())
+def select(
+    q_last: Tensor,
+    keys: Tensor,
+    candidates: Tensor,
+    always: Tensor,
+    keep: int,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> Tensor:
+    """The rows that run: all of `always` and the `keep` best of `candidates`, ascending.
+
+    A candidate's score is the attention probability that the last row gives it: softmax over all S keys in fp32, one
+    row per head, mean over heads (arXiv 2606.12412). Equal scores go to the candidate that comes first. With
+    keep >= N, or N = 0, everything runs.
+    """
+    scores = last_row_scores(q_last, keys, num_heads, num_kv_heads, scale).gather(1, candidates)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :keep]
+    return torch.cat([always, candidates.gather(1, best)], dim=1).sort(dim=1).values
+
+
+def last_row_scores(q_last: Tensor, keys: Tensor, num_heads: int, num_kv_heads: int, scale: float) -> Tensor:
+    """Attention probability of the last row for each of S rows, fp32, mean over heads: [B, S]."""
+    batch, rows, _ = keys.shape
+    q = q_last.float().view(batch, num_kv_heads, num_heads // num_kv_heads, -1)
+    k = keys.float().view(batch, rows, num_kv_heads, -1)
+    probabilities = torch.softmax(torch.einsum("bghd,brgd->bghr", q, k) * scale, dim=-1)
+    return probabilities.mean(dim=(1, 2))
+
+
+@select.register_fake
+def _(q_last, keys, candidates, always, keep, num_heads, num_kv_heads, scale):
+    # T + min(keep, N) is left as a fresh symbol: a symbolic min() would be specialised by the exporter.
+    return always.new_empty((always.shape[0], torch.library.get_ctx().new_dynamic_size()))
+
+
+@custom_op("reroute::gather", mutates_args=())
+def gather(x: Tensor, slots: Tensor) -> Tensor:
+    """x[b, slots[b]]: the rows of a stage out of the full sequence."""
+    return x.gather(1, slots[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+@gather.register_fake
+def _(x, slots):
+    return x.new_empty((*slots.shape, x.shape[2]))
+
+
+@custom_op("reroute::scatter", mutates_args=())
+def scatter(full: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+    """A copy of `full` with full[b, slots[b]] = rows[b]; every other row stays bit-identical."""
+    return full.scatter(1, slots[:, :, None].expand(-1, -1, full.shape[2]), rows)
+
+
+@scatter.register_fake
+def _(full, slots, rows):
+    return torch.empty_like(full)
+
+
+@custom_op("reroute::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last dimension, statistics in fp32 (arXiv 1910.07467)."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+@rms_norm.register_fake
+def _(x, weight, eps):
+    return torch.empty_like(x)
+
+
+@custom_op("reroute::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, num_heads: int) -> Tensor:
+    """Rotary position embedding, half-split form (arXiv 2104.09864), with the table rows of `slots`.
+
+    The slots are the position ids within the step: original positions survive routing because the table is gathered
+    by original slot.
+    """
+    heads = x.view(*x.shape[:2], num_heads, -1)
+    c, s = cos[slots].unsqueeze(2), sin[slots].unsqueeze(2)
+    left, right = heads.chunk(2, dim=-1)
+    return torch.cat([left * c - right * s, right * c + left * s], dim=-1).view(x.shape)
+
+
+@rotary.register_fake
+def _(x, cos, sin, slots, num_heads):
+    return torch.empty_like(x)
+
+
+@custom_op("reroute::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    kv_len: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> Triple:
+    """Causal grouped-query attention over a cache of fixed capacity.
+
+    The A new rows take cache rows kv_len - A to kv_len - 1; row i sees the cache up to its own place (lower-right
+    causal). Rows from kv_len on are neither read nor written.
+    """
+    batch, rows, _ = q.shape
+    length = int(kv_len)
+    present = []
+    for new, past in ((k, past_key), (v, past_value)):
+        cache = past.clone()
+        cache[:, :, length - rows : length] = new.view(batch, rows, num_kv_heads, -1).transpose(1, 2)
+        present.append(cache)
+    places = torch.arange(length - rows, length, device=q.device)
+    mask = torch.arange(length, device=q.device)[None, :] <= places[:, None]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.view(batch, rows, num_heads, -1).transpose(1, 2),
+        present[0][:, :, :length],
+        present[1][:, :, :length],
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=num_heads != num_kv_heads,
+    )
+    return out.transpose(1, 2).reshape(q.shape), present[0], present[1]
+
+
+@attention.register_fake
+def _(q, k, v, past_key, past_value, kv_len, num_heads, num_kv_heads, scale):
+    return torch.empty_like(q), torch.empty_like(past_key), torch.empty_like(past_value)

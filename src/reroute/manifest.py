@@ -1,0 +1,306 @@
+"""The manifest `reroute.json`: the one thing that export, engines and runtime all know.
+
+Plain frozen dataclasses and JSON, no dependency. Unknown keys are refused with the nearest match, so that a bundle
+written by a newer version fails clearly instead of half-working.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from reroute.errors import UserError, nearest
+from reroute.routing import Schedule
+
+SCHEMA_VERSION = 1
+FILE_NAME = "reroute.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModel:
+    """Shape of the decoder. `head_dim`, `hidden_size` and so on are the Hugging Face config's."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionModel:
+    """What the runtime must know of the tower: one image gives `tokens_per_image` visual tokens.
+
+    `grid` is (rows, columns) of visual tokens, row-major from the top left; `num_layers` counts the layers run.
+    """
+
+    image_size: int
+    patch_size: int
+    grid: tuple[int, int]
+    tokens_per_image: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProcessing:
+    """Constants of the checkpoint's image processor (CLIP): resize the shortest edge, centre crop, rescale,
+    normalise. `resample` is Pillow's number (3 = bicubic).
+    """
+
+    shortest_edge: int
+    crop_height: int
+    crop_width: int
+    resample: int
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Special tokens. `image_token` is the placeholder that the chat template writes once for each image."""
+
+    image_token: str
+    image_token_id: int
+    bos_token: str
+    eos_token: str
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model's description, everything that does not depend on the routing."""
+
+    model_type: str
+    text: TextModel
+    vision: VisionModel
+    image: ImageProcessing
+    tokens: Tokens
+    num_parameters: dict[str, int]
+    checkpoint_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """Fixed sizes of a session: text tokens (prompts and answers of the whole dialogue) and images in it."""
+
+    max_text: int = 512
+    max_images: int = 2
+
+    def cache_rows(self, schedule: Schedule, tokens_per_image: int) -> tuple[int, ...]:
+        """Rows of the KV cache of each stage: `max_text` plus the visual rows that `max_images` can add."""
+        per_image = (stage.visual_rows(tokens_per_image) for stage in schedule.stages)
+        return tuple(self.max_text + self.max_images * rows for rows in per_image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One input or output of a graph; a str in `shape` is a dynamic dimension's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One graph or engine of the bundle and its I/O table."""
+
+    file: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """Size and hash of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that a stage needs to know of the one before it.
+
+    Attributes:
+        schema_version: raised when a reader of the older form would go wrong.
+        kind: "export" (neutral graphs) or "bundle" (lowered for `backend`).
+        backend: "neutral", "ort", later "tensorrt".
+        dtype: dtype of weights, visual embeddings and caches in the graphs.
+        routing: the spec as the user wrote it.
+        schedule: the spec resolved to stages.
+        average_visual_tokens: measured from the schedule for one image, per layer.
+        capacity: fixed sizes of a session; `cache_rows` follows from it.
+        parts: "decoder" and "vision".
+        files: every file of the folder but the manifest, by relative name.
+        estimates: bytes and FLOPs of the plan (see `reroute.cost`).
+        versions: of everything that wrote or lowered the graphs.
+        check: result of the last check, or None.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["export", "bundle"]
+    backend: str
+    dtype: str
+    model: Model
+    routing: str
+    schedule: Schedule
+    average_visual_tokens: float
+    capacity: Capacity
+    cache_rows: tuple[int, ...]
+    parts: dict[str, Part]
+    files: dict[str, File]
+    estimates: dict[str, float]
+    versions: dict[str, str]
+    check: dict[str, Any] | None = field(default=None)
+
+    def to_json(self) -> str:
+        """Canonical JSON text: two manifests of equal content are equal byte for byte."""
+        data = dataclasses.asdict(self)
+        # Equal dicts can differ in order; fields keep the order of their class, which is the one to read.
+        for name in ("parts", "files", "estimates", "versions"):
+            data[name] = dict(sorted(data[name].items()))
+        data["model"]["num_parameters"] = dict(sorted(data["model"]["num_parameters"].items()))
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Write `reroute.json` into `folder`."""
+        (folder / FILE_NAME).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read and validate `folder/reroute.json`. Raises UserError; does not hash the files."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise UserError(
+                f"{folder} holds no {FILE_NAME}: it is not a Reroute export or bundle",
+                hint="make one with `reroute export CHECKPOINT -o DIR` and `reroute build DIR`",
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}", hint="build the bundle again") from error
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path} has schema version {version}, this Reroute reads version {SCHEMA_VERSION}",
+                hint="build the bundle again with the installed version",
+            )
+        return decode(cls, data, where=FILE_NAME)
+
+    def verify_files(self, folder: Path) -> None:
+        """Compare size and sha256 of every listed file with the manifest. Raises UserError at the first mismatch."""
+        for name, expected in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise UserError(f"{folder} lacks {name}", hint="the bundle is incomplete: build it again")
+            size = path.stat().st_size
+            if size != expected.bytes:
+                raise UserError(
+                    f"{name} has {size} bytes, the manifest says {expected.bytes}",
+                    hint="the file was changed or cut short after the build: build the bundle again",
+                )
+            digest = sha256_of(path)
+            if digest != expected.sha256:
+                raise UserError(
+                    f"{name} has sha256 {digest[:12]}..., the manifest says {expected.sha256[:12]}...",
+                    hint="the file was changed after the build: build the bundle again",
+                )
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: typing.BinaryIO) -> str:
+    # hashlib.file_digest is new in Python 3.11; JetPack 6 has 3.10.
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def file_table(folder: Path) -> dict[str, File]:
+    """Hash every file below `folder` except the manifest itself, sorted by name."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / FILE_NAME)
+    return {p.relative_to(folder).as_posix(): File(bytes=p.stat().st_size, sha256=sha256_of(p)) for p in paths}
+
+
+def decode(kind: Any, data: Any, *, where: str) -> Any:
+    """Rebuild a (nested) dataclass from JSON data, strictly: unknown or missing keys and wrong types are refused."""
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, data, where)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        # Each member in turn: isinstance() with a union of generics is an error on Python 3.10.
+        for member in args:
+            if member is type(None):
+                if data is None:
+                    return None
+                continue
+            try:
+                return decode(member, data, where=where)
+            except UserError:
+                if len(args) == 2 and type(None) in args:
+                    raise
+    if origin is tuple and isinstance(data, list):
+        kinds = [args[0]] * len(data) if args[-1] is Ellipsis else list(args)
+        if len(kinds) == len(data):
+            pairs = zip(kinds, data, strict=True)
+            return tuple(decode(k, d, where=f"{where}[{i}]") for i, (k, d) in enumerate(pairs))
+    elif origin is dict and isinstance(data, dict):
+        return {key: decode(args[1], value, where=f"{where}.{key}") for key, value in data.items()}
+    elif origin is Literal and data in args:
+        return data
+    elif kind is float and isinstance(data, (int, float)) and not isinstance(data, bool):
+        return float(data)
+    elif origin is None and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
+        return data
+    name = kind.__name__ if origin is None else str(kind)
+    raise UserError(f"{where} is {_short(data)}, expected {name}", hint="build it again")
+
+
+def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise UserError(f"{where} is {_short(data)}, expected an object", hint="build it again")
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}
+    for key in data:
+        if key not in names:
+            raise UserError(f"{where} has an unknown key {key!r}", hint=nearest(key, names))
+    required = {
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - data.keys()):
+        raise UserError(f"{where} lacks {', '.join(missing)}", hint="build it again")
+    values = {key: decode(hints[key], value, where=f"{where}.{key}") for key, value in data.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{where} is not consistent: {error}", hint="build it again") from error
+
+
+def _short(data: Any) -> str:
+    text = repr(data)
+    return text if len(text) <= 60 else text[:57] + "..."
