@@ -1,1 +1,151 @@
-"""x"""
+"""Export: a Hugging Face checkpoint becomes ONNX graphs, a manifest and a recorded torch reference.
+
+    read_model           config, tensor names and shapes, tokenizer, processor   -> manifest.Model   (no weights read)
+    build_decoder        weights into the paper's decoder with a fixed schedule   -> torch module     (decoder.py)
+    trace                one graph for all phases, ops of our own domain          -> decoder.onnx, vision.onnx
+    record               a fixed scenario driven through torch                    -> reference.npz
+    write                tokenizer, chat template, manifest with hashes           -> reroute.json
+
+The folder is written whole or not at all. Nothing in it depends on the machine, the time or the path: two exports of
+one checkpoint are equal byte for byte.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import reroute
+from reroute import cost, scenario
+from reroute.errors import UserError
+from reroute.export.checkpoint import Checkpoint, read_json
+from reroute.folders import check_output, whole_folder
+from reroute.manifest import Capacity, Manifest, Model, file_table
+from reroute.routing import RoutingSpec, Schedule
+
+CHAT_TEMPLATE = "chat_template.jinja"
+_VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "numpy")
+Progress = Callable[[str], None]
+
+
+def read_model(checkpoint: Path) -> Model:
+    """Describe the model of a checkpoint directory from its headers alone. Raises UserError."""
+    from reroute.export.models import family_of
+
+    opened = Checkpoint.open(checkpoint)
+    return family_of(opened).read(opened)
+
+
+def resolve(routing: str, model: Model) -> Schedule:
+    """The schedule that a routing spec means for a model. Raises UserError."""
+    spec = RoutingSpec.parse(routing)
+    return spec.resolve(num_layers=model.text.num_layers, num_visual=model.vision.tokens_per_image)
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    *,
+    routing: str,
+    capacity: Capacity | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Export a checkpoint directory to `output`.
+
+    Args:
+        checkpoint: Hugging Face directory with config.json, *.safetensors, tokenizer.json and processor files.
+        output: folder to write; appears whole.
+        routing: a routing spec, see `reroute.routing`.
+        capacity: sizes of a session.
+        force: replace an earlier export.
+        progress: is told what happens next.
+
+    Raises:
+        UserError: anything that the user can mend, before anything is written.
+    """
+    from reroute.export import reference, trace
+    from reroute.export.models import family_of
+
+    tell = progress or (lambda _: None)
+    capacity = capacity or Capacity()
+    check_output(output, force=force)
+    opened = Checkpoint.open(checkpoint)
+    family = family_of(opened)
+    model = family.read(opened)
+    schedule = resolve(routing, model)
+    check_capacity(capacity, schedule, model)
+    template = chat_template(opened)
+    with whole_folder(output, force=force) as folder:
+        tell("reading the weights")
+        decoder, tower = family.build_decoder(opened, model, schedule), family.build_vision(opened, model)
+        tell("tracing the decoder")
+        graph = trace.trace_decoder(decoder)
+        inputs, outputs = trace.decoder_inputs(decoder), trace.decoder_outputs(decoder)
+        parts = {"decoder": trace.save(graph, folder, "decoder", inputs, outputs)}
+        tell("tracing the vision tower")
+        graph = trace.trace_vision(tower, model)
+        inputs, outputs = trace.vision_inputs(model), trace.vision_outputs(model)
+        parts["vision"] = trace.save(graph, folder, "vision", inputs, outputs)
+        tell("recording the torch reference")
+        arrays = reference.record(decoder, tower, model, scenario.probe(model))
+        scenario.save(folder / scenario.FILE_NAME, arrays)
+        shutil.copyfile(opened.folder / "tokenizer.json", folder / "tokenizer.json")
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        manifest = Manifest(
+            kind="export",
+            backend="neutral",
+            dtype="float32",
+            model=model,
+            routing=routing,
+            schedule=schedule,
+            average_visual_tokens=schedule.average_visual_tokens(model.vision.tokens_per_image),
+            capacity=capacity,
+            cache_rows=capacity.cache_rows(schedule, model.vision.tokens_per_image),
+            parts=parts,
+            files=file_table(folder),
+            estimates=cost.plan_for(model, schedule, capacity).estimates(),
+            versions=versions(),
+        )
+        manifest.save(folder)
+    return manifest
+
+
+def check_capacity(capacity: Capacity, schedule: Schedule, model: Model) -> None:
+    """Refuse a session that the model's positions cannot hold. Raises UserError."""
+    if capacity.max_text < 2 or capacity.max_images < 0:
+        raise UserError(
+            f"a session of {capacity.max_text} text tokens and {capacity.max_images} images cannot answer anything",
+            hint="use --max-text 2 or more and --max-images 0 or more",
+        )
+    rows, limit = capacity.max_text + capacity.max_images * model.vision.tokens_per_image, 0
+    limit = model.text.max_position_embeddings
+    if rows > limit:
+        raise UserError(
+            f"{capacity.max_text} text tokens and {capacity.max_images} images of {model.vision.tokens_per_image} "
+            f"visual tokens are {rows} positions; the model has {limit}",
+            hint="lower --max-text or --max-images",
+        )
+
+
+def chat_template(checkpoint: Checkpoint) -> str:
+    """The template, from wherever this generation of checkpoints keeps it. Raises UserError."""
+    path = checkpoint.folder / CHAT_TEMPLATE
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = read_json(checkpoint.folder, name).get("chat_template")
+        if isinstance(template, str):
+            return template
+    raise UserError(
+        f"{checkpoint.folder} holds no chat template", hint=f"copy {CHAT_TEMPLATE} or chat_template.json too"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that shaped the files."""
+    found = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {"reroute": reroute.__version__, "python": platform.python_version(), **found}

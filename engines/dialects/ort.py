@@ -1,16 +1,11 @@
-"""ONNX Runtime: fused attention whose present cache is the past cache's own buffer, fused rotary and norm.
+"""ONNX Runtime: fused attention whose present cache is the past cache's own buffer, and the older rotary op,
+which takes rows in packed layout. RMSNormalization is a kernel of its own there, so the standard body stays.
 
 GroupQueryAttention writes the new rows at `seqlens_k + 1 - A` and attends lower-right causally, which is exactly the
 contract of RerouteAttention. Its present output shares the past's memory when both are bound to one buffer.
 """
 
 _HEADER = '<opset_import: ["": 24, "com.microsoft": 1], domain: "reroute">'
-
-RMS_NORM = f"""{_HEADER}
-RerouteRMSNorm <eps>(x, weight) => (y)
-{{
-    y = SimplifiedLayerNormalization <axis = -1, stash_type = 1, epsilon: float = @eps> (x, weight)
-}}"""
 
 ROTARY = f"""{_HEADER}
 RerouteRotary <num_heads>(x, cos, sin, slots) => (y)
@@ -32,4 +27,4 @@ RerouteAttention <num_heads, num_kv_heads, scale>(q, k, v, past_key, past_value,
         (q, k, v, past_key, past_value, seqlens, total)
 }}"""
 
-BODIES = {"RerouteRMSNorm": RMS_NORM, "RerouteRotary": ROTARY, "RerouteAttention": ATTENTION}
+BODIES = {"RerouteRotary": ROTARY, "RerouteAttention": ATTENTION}

@@ -1,11 +1,12 @@
 """The manifest `reroute.json`: the one thing that export, engines and runtime all know.
 
-Plain frozen dataclasses and JSON, no dependency. Unknown keys are refused with the nearest match, so that a bundle
-written by a newer version fails clearly instead of half-working.
+Plain frozen dataclasses and JSON, no dependency. Unknown keys are refused with the nearest match, so that a
+bundle written by a newer version fails clearly instead of half-working.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -43,7 +44,8 @@ class TextModel:
 class VisionModel:
     """What the runtime must know of the tower: one image gives `tokens_per_image` visual tokens.
 
-    `grid` is (rows, columns) of visual tokens, row-major from the top left; `num_layers` counts the layers run.
+    `grid` is (rows, columns) of visual tokens, row-major from the top left; `num_layers` counts the layers
+    run.
     """
 
     image_size: int
@@ -204,7 +206,7 @@ class Manifest:
         return decode(cls, data, where=FILE_NAME)
 
     def verify_files(self, folder: Path) -> None:
-        """Compare size and sha256 of every listed file with the manifest. Raises UserError at the first mismatch."""
+        """Compare size and sha256 of every listed file with the manifest. Raises UserError."""
         for name, expected in self.files.items():
             path = folder / name
             if not path.is_file():
@@ -226,7 +228,11 @@ class Manifest:
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(stream)
+        )
 
 
 def _digest(stream: typing.BinaryIO) -> str:
@@ -240,11 +246,13 @@ def _digest(stream: typing.BinaryIO) -> str:
 def file_table(folder: Path) -> dict[str, File]:
     """Hash every file below `folder` except the manifest itself, sorted by name."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / FILE_NAME)
-    return {p.relative_to(folder).as_posix(): File(bytes=p.stat().st_size, sha256=sha256_of(p)) for p in paths}
+    return {
+        p.relative_to(folder).as_posix(): File(bytes=p.stat().st_size, sha256=sha256_of(p)) for p in paths
+    }
 
 
 def decode(kind: Any, data: Any, *, where: str) -> Any:
-    """Rebuild a (nested) dataclass from JSON data, strictly: unknown or missing keys and wrong types are refused."""
+    """Rebuild a (nested) dataclass from JSON data; unknown or missing keys and wrong types are refused."""
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, where)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -252,16 +260,13 @@ def decode(kind: Any, data: Any, *, where: str) -> Any:
         return data
     if origin in (typing.Union, types.UnionType):
         # Each member in turn: isinstance() with a union of generics is an error on Python 3.10.
-        for member in args:
-            if member is type(None):
-                if data is None:
-                    return None
-                continue
-            try:
+        if data is None and type(None) in args:
+            return None
+        members = [member for member in args if member is not type(None)]
+        for member in members[:-1]:
+            with contextlib.suppress(UserError):
                 return decode(member, data, where=where)
-            except UserError:
-                if len(args) == 2 and type(None) in args:
-                    raise
+        return decode(members[-1], data, where=where)
     if origin is tuple and isinstance(data, list):
         kinds = [args[0]] * len(data) if args[-1] is Ellipsis else list(args)
         if len(kinds) == len(data):

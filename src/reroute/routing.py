@@ -3,19 +3,21 @@
 A *spec* is what a user writes; a *schedule* is a spec resolved for one model: integer budgets per stage.
 
     dense
-    reroute@2,7,15,23:keep=22,22,11,6            budgets in tokens
-    reroute@2,7,15,23:keep=.1392,.1392,.0696,.0348    budgets as a share of the visual tokens: max(1, int(N * share))
-    reroute@2,7,15,23:avg=1/9                    exact budgets for an average per layer (a share, or tokens: avg=64)
-    removal@2,7,15,23:avg=64:shape=geometric     uniform, geometric or halving (the default)
-    published:llava15/avg64/reroute-pdrop        the ratios printed in the paper, under the paper's name
+    reroute@2,7,15,23:keep=22,22,11,6               budgets in tokens
+    reroute@2,7,15,23:keep=.1392,.1392,.0696,.0348  budgets as shares of the visual tokens: max(1, int(N * s))
+    reroute@2,7,15,23:avg=1/9                       exact budgets for an average per layer: a share ...
+    removal@2,7,15,23:avg=64:shape=geometric        ... or tokens; uniform, geometric or halving (the default)
+    published:llava15/avg64/reroute-pdrop           the ratios printed in the paper, under the paper's name
 
-Sources: Reroute, arXiv 2606.12412; PyramidDrop, arXiv 2410.17247. `shape=halving` is the paper's a, a, a/2, a/4.
+Sources: Reroute, arXiv 2606.12412; PyramidDrop, arXiv 2410.17247. `shape=halving` is the paper's a, a, a/2,
+a/4.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Literal, get_args
 
 from reroute.errors import UserError, nearest
@@ -23,10 +25,13 @@ from reroute.errors import UserError, nearest
 Action = Literal["dense", "removal", "reroute"]
 Shape = Literal["uniform", "geometric", "halving"]
 
-_GRAMMAR = "ACTION@LAYERS:keep=K,K,... or ACTION@LAYERS:avg=A[:shape=S], for example reroute@2,7,15,23:avg=1/9"
+_GRAMMAR = (
+    "ACTION@LAYERS:keep=K,K,... or ACTION@LAYERS:avg=A[:shape=S], for example reroute@2,7,15,23:avg=1/9"
+)
 
-# (action, decision layers, shares of the visual tokens) as printed for LLaVA-1.5-7B, 32 layers, 576 tokens. The
-# "avg64" rows of the pdrop pair measure 80.4 and 84.1 tokens, not 64: the plan always prints the measured average.
+# (action, decision layers, shares of the visual tokens) as printed for LLaVA-1.5-7B, 32 layers, 576 tokens.
+# The "avg64" rows of the pdrop pair measure 80.4 and 84.1 tokens, not 64: the plan always prints the measured
+# average.
 PUBLISHED: dict[str, tuple[Action, tuple[int, ...], tuple[str, ...]]] = {
     "llava15/avg192/fastv": ("removal", (3,), (".2644",)),
     "llava15/avg128/fastv": ("removal", (3,), (".1418",)),
@@ -74,7 +79,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.action not in get_args(Action):
-            raise UserError(f"unknown routing action {self.action!r}", hint=nearest(self.action, get_args(Action)))
+            raise UserError(
+                f"unknown routing action {self.action!r}", hint=nearest(self.action, get_args(Action))
+            )
         edges = [0, *(stage.stop for stage in self.stages)]
         if not self.stages or any(s.start != e for s, e in zip(self.stages, edges, strict=False)):
             raise ValueError(f"stages must be consecutive and start at layer 0: {self.stages}")
@@ -113,8 +120,9 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingSpec:
-    """What the user asked for, before it meets a model. Exactly one of `keep` and `average` is set, or neither
-    for `dense`. A `Fraction` below or equal to 1 is a share of the visual tokens; an int is a number of tokens.
+    """What the user asked for, before it meets a model. Exactly one of `keep` and `average` is set, or
+    neither for `dense`. A `Fraction` below or equal to 1 is a share of the visual tokens; an int is a number
+    of tokens.
     """
 
     text: str
@@ -156,7 +164,9 @@ class RoutingSpec:
                 options["average"] = _amount(value, text)
             elif key == "shape":
                 if value not in get_args(Shape):
-                    raise UserError(f"unknown shape {value!r} in {text!r}", hint=nearest(value, get_args(Shape)))
+                    raise UserError(
+                        f"unknown shape {value!r} in {text!r}", hint=nearest(value, get_args(Shape))
+                    )
                 options["shape"] = value
             else:
                 hint = nearest(key, ("keep", "avg", "shape"))
@@ -171,13 +181,14 @@ class RoutingSpec:
         """Integer budgets for a decoder of `num_layers` layers and `num_visual` visual tokens per image.
 
         Raises:
-            UserError: a layer that does not exist, budgets that do not match the layers, exceed the candidates or
-                grow under removal, or an average that the layers before the first decision make impossible.
+            UserError: a layer that does not exist, budgets that do not match the layers, exceed the
+                candidates or grow under removal, or an average that the layers before the first decision make
+                impossible.
         """
         if self.action == "dense":
             return Schedule(action="dense", stages=(Stage(start=0, stop=num_layers, keep=None),))
         layers = self.layers
-        if any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(layers)):
             raise UserError(f"decision layers must ascend, got {_join(layers)}", hint="for example 2,7,15,23")
         if layers[0] < 0 or layers[-1] >= num_layers:
             raise UserError(
@@ -204,16 +215,18 @@ class RoutingSpec:
         candidates = num_visual
         for layer, budget in zip(self.layers, budgets, strict=True):
             if budget < 1:
-                raise UserError(f"the budget at layer {layer} is {budget}", hint="a budget is at least 1 token")
+                raise UserError(
+                    f"the budget at layer {layer} is {budget}", hint="a budget is at least 1 token"
+                )
             if budget > num_visual:
                 raise UserError(
-                    f"the budget at layer {layer} is {budget} tokens, but the model has {num_visual} visual tokens",
+                    f"the budget at layer {layer} is {budget} tokens, but there are {num_visual}",
                     hint=f"use a budget of at most {num_visual}, or a share such as .1392",
                 )
             if self.action == "removal":
                 if budget > candidates:
                     raise UserError(
-                        f"removal keeps {budget} tokens at layer {layer}, but only {candidates} are left there",
+                        f"removal keeps {budget} tokens at layer {layer}, but only {candidates} are left",
                         hint="budgets of removal must not grow with depth; reroute allows it",
                     )
                 candidates = budget
@@ -227,8 +240,9 @@ class RoutingSpec:
         if target < least:
             earlier = f"decide earlier than layer {self.layers[0]}, or " if self.layers[0] else ""
             raise UserError(
-                f"an average of {float(target):.2f} visual tokens is impossible: with the first decision at layer "
-                f"{self.layers[0]} of {num_layers} and {num_visual} visual tokens the least is {float(least):.2f}",
+                f"an average of {float(target):.2f} visual tokens is impossible: with the first decision at "
+                f"layer {self.layers[0]} of {num_layers} and {num_visual} visual tokens the least is "
+                f"{float(least):.2f}",
                 hint=f"{earlier}ask for avg={-(-least // 1)} or more",
             )
         if target > num_visual:
@@ -250,7 +264,8 @@ class RoutingSpec:
             middle = (low + high) / 2
             low, high = (middle, high) if cost(rows(middle)) <= room else (low, middle)
         keeps = rows(low)
-        # What flooring left over goes to the stages from the front, one token at a time, never growing with depth.
+        # What flooring left over goes to the stages from the front, one token at a time, never growing with
+        # depth.
         grown = True
         while grown:
             grown = False
@@ -263,7 +278,7 @@ class RoutingSpec:
 
 
 def shape_weights(shape: Shape, count: int) -> list[float]:
-    """Relative budgets of `count` decisions: uniform 1,1,...; halving 1,1,1/2,1/4,...; geometric 1,1/2,1/4,..."""
+    """Relative budgets: uniform 1,1,1,...; halving 1,1,1/2,1/4,...; geometric 1,1/2,1/4,..."""
     if shape == "uniform":
         return [1.0] * count
     if shape == "geometric":
@@ -275,7 +290,9 @@ def _integer(item: str, text: str) -> int:
     try:
         return int(item)
     except ValueError:
-        raise UserError(f"{item!r} in {text!r} is not a layer number", hint=f"the form is {_GRAMMAR}") from None
+        raise UserError(
+            f"{item!r} in {text!r} is not a layer number", hint=f"the form is {_GRAMMAR}"
+        ) from None
 
 
 def _amount(item: str, text: str) -> int | Fraction:
@@ -287,7 +304,9 @@ def _amount(item: str, text: str) -> int | Fraction:
     if "." not in item and "/" not in item:
         return int(value)
     if not 0 < value <= 1:
-        raise UserError(f"the share {item} in {text!r} is not between 0 and 1", hint="write tokens without a point")
+        raise UserError(
+            f"the share {item} in {text!r} is not between 0 and 1", hint="write tokens without a point"
+        )
     return value
 
 

@@ -1,0 +1,93 @@
+"""What a session hands back: tokens as they come, then the finished answer with its routes and timings."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from reroute.runtime.text import Token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Wall times of one answer. Loading, the template and the tokenizer are in none of them.
+
+    Attributes:
+        image_ms: reading (files: decoding) and preprocessing the images.
+        vision_ms: the vision graph.
+        prefill_ms: the decoder's first step, from bound inputs to logits.
+        decode_ms: all later steps, each with choosing and decoding its token; the caller's time between
+            tokens of a stream is not counted.
+        prefill_tokens: text and visual tokens of the first step.
+        decode_tokens: number of later steps: one less than the sampled tokens, whose first belongs to the
+            prefill.
+    """
+
+    image_ms: float
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: float
+    prefill_tokens: int
+    decode_tokens: int
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens, visual ones included, per second of prefill."""
+        return 1000 * self.prefill_tokens / self.prefill_ms if self.prefill_ms else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Decode steps per second; 0 when the answer has one token."""
+        return 1000 * self.decode_tokens / self.decode_ms if self.decode_ms else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A finished answer.
+
+    Attributes:
+        text: the pieces of the stream joined.
+        token_ids: what was sampled; with `stop_reason` "eos" the last one is the end token.
+        stop_reason: "eos", "length" (`max_new_tokens`, or the room left in the caches) or "stop" (a stop
+            string).
+        routes: for each routed stage, ascending int64 indices of the question's visual tokens that ran there
+            (several images count on: 0..M*N-1). Empty arrays without an image; no entry for a dense bundle.
+        prompt_tokens: text tokens run for the question, with the template's.
+        visual_tokens: visual tokens of the question's images.
+        timings: see `Timings`.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    stop_reason: str
+    routes: tuple[np.ndarray, ...]
+    prompt_tokens: int
+    visual_tokens: int
+    timings: Timings
+
+
+class AnswerStream(Iterator[Token]):
+    """The tokens of an answer as they come; `answer` is there when they have ended.
+
+    Leaving a stream early is fine: the session keeps what ran so far as the answer.
+    """
+
+    def __init__(self, tokens: Generator[Token, None, Answer]) -> None:
+        self._tokens = tokens
+        self._answer: Answer | None = None
+
+    def __next__(self) -> Token:
+        try:
+            return next(self._tokens)
+        except StopIteration as stop:
+            self._answer = self._answer or stop.value
+            raise StopIteration from None
+
+    @property
+    def answer(self) -> Answer:
+        """The finished answer. Raises RuntimeError while tokens are left."""
+        if self._answer is None:
+            raise RuntimeError("the stream has not ended")
+        return self._answer

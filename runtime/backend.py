@@ -1,0 +1,107 @@
+"""What a session needs of an engine, and the table of engines."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from reroute.errors import UserError, nearest
+from reroute.runtime.bundle import Bundle
+from reroute.runtime.layout import StepInputs
+
+# Backend of a manifest -> module and class. Modules are imported when a bundle of theirs is opened.
+BACKENDS: dict[str, str] = {"ort": "reroute.runtime.ort:OrtBackend"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """How to run a bundle; nothing here changes what it answers.
+
+    Attributes:
+        threads: CPU threads of one operator; None lets the engine decide.
+        provider: "cpu" or "cuda".
+        spinning: idle threads wait in a busy loop. Off by default: it gains a little when nothing else runs,
+            and takes whole cores from everything else between two steps.
+        batch: rows of `StepInputs`; a session uses 1.
+    """
+
+    threads: int | None = None
+    provider: str = "cpu"
+    spinning: bool = False
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads is {self.threads}", hint="give 1 or more, or leave it out")
+        if self.provider not in ("cpu", "cuda"):
+            raise UserError(
+                f"unknown provider {self.provider!r}", hint=nearest(self.provider, ("cpu", "cuda"))
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutputs:
+    """What a step gives back.
+
+    Attributes:
+        logits: float32 [B, V] of the last row; valid until the next step.
+        routes: for each routed stage s = 1..stages-1, int64 [B, T + min(K_s, N)]: the ascending slots of
+            this step that ran there. Empty for a dense bundle and for steps of one text token, which run
+            everywhere.
+    """
+
+    logits: np.ndarray
+    routes: tuple[np.ndarray, ...]
+
+
+class Backend(Protocol):
+    """One loaded bundle with its caches. Not for use from several threads."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Valid cache rows per stage so far, int32 [stages]; entry 0 is also the next position."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches at their capacity."""
+        ...
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Visual embeddings [M, N, D] of images float32 [M, 3, H, W]."""
+        ...
+
+    def step(self, inputs: StepInputs) -> StepOutputs:
+        """Run the decoder and append to the caches. When it raises, `lengths` are what they were before.
+
+        Raises:
+            ValueError: the step needs more cache rows than are left.
+        """
+        ...
+
+    def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a layer's valid rows, [B, H_kv, rows, head_dim]; views where possible."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Engine, version, device and threads, for reports."""
+        ...
+
+
+def open_backend(bundle: Bundle, options: BackendOptions | None = None) -> Backend:
+    """Load the engine that `bundle` was built for. Raises UserError for one this Reroute does not have."""
+    name = bundle.manifest.backend
+    if name not in BACKENDS:
+        raise UserError(
+            f"{bundle.path} was built for the backend {name!r}, which this Reroute cannot run",
+            hint=nearest(name, BACKENDS),
+        )
+    module, _, kind = BACKENDS[name].partition(":")
+    return getattr(importlib.import_module(module), kind)(bundle, options or BackendOptions())

@@ -1,0 +1,93 @@
+"""An engine bundle on disk: checked before anything of it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from reroute.errors import UserError
+from reroute.manifest import Manifest
+from reroute.runtime.chat import Chat
+
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A folder and its manifest.
+
+    Attributes:
+        path: the folder.
+        manifest: what `reroute.json` says.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> Bundle:
+        """Read the manifest of `path` and compare size and sha256 of every file with it.
+
+        Args:
+            path: the bundle's folder.
+            verify: False skips the hashes (files are then trusted as they are).
+
+        Raises:
+            UserError: not a folder, not a bundle, of another schema version, incomplete or changed.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}",
+                hint="give the bundle that `reroute build` made",
+            )
+        manifest = Manifest.load(folder)
+        if manifest.kind != "bundle":
+            raise UserError(
+                f"{folder} is an {manifest.kind}, not an engine bundle",
+                hint=f"lower it for a backend first: `reroute build {folder}`",
+            )
+        bundle = cls(path=folder, manifest=manifest)
+        for name in ("decoder", "vision"):
+            bundle.part(name)
+        if verify:
+            manifest.verify_files(folder)
+        return bundle
+
+    def part(self, name: str) -> Path:
+        """Path of the graph or engine called `name` ("decoder", "vision"). Raises UserError."""
+        part = self.manifest.parts.get(name)
+        if part is None:
+            raise UserError(f"{self.path} has no part {name!r}", hint="build the bundle again")
+        # A part outside the file table has no hash and could even point outside the folder.
+        return self._listed(part.file)
+
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, with truncation and padding off. Raises UserError."""
+        path = self._listed(TOKENIZER)
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"cannot read {path}: {error}", hint="build the bundle again") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def chat(self) -> Chat:
+        """The checkpoint's chat template with its tokenizer. Raises UserError."""
+        path = self._listed(CHAT_TEMPLATE)
+        try:
+            template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}", hint="build the bundle again") from error
+        return Chat(template, self.tokenizer(), self.manifest.model.tokens)
+
+    def _listed(self, name: str) -> Path:
+        if name not in self.manifest.files:
+            raise UserError(
+                f"the manifest of {self.path} does not list {name}", hint="build the bundle again"
+            )
+        return self.path / name

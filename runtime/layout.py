@@ -1,0 +1,118 @@
+"""Where text and visual tokens stand in a step, and how many cache rows the step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reroute.errors import UserError
+from reroute.routing import Schedule
+from reroute.runtime.rope import Rotary
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """One step of the decoder: a graph input per field, except the caches and `kv_len`, which a backend
+    keeps.
+
+    T text tokens and N visual tokens give a sequence of S = T + N slots; its last slot is text.
+
+    Attributes:
+        input_ids: int64 [B, T], text tokens without image placeholders, T >= 1.
+        visual_embeds: float [B, N, D] in the manifest's dtype, N = 0 without an image.
+        text_slots: int64 [T], ascending places of the text tokens in 0..S-1.
+        visual_slots: int64 [N], ascending places of the visual tokens; disjoint from and completing
+            `text_slots`.
+        rope_cos: float32 [S, head_dim / 2], rows of this step's positions.
+        rope_sin: float32 [S, head_dim / 2].
+    """
+
+    input_ids: np.ndarray
+    visual_embeds: np.ndarray
+    text_slots: np.ndarray
+    visual_slots: np.ndarray
+    rope_cos: np.ndarray
+    rope_sin: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A step before its images are encoded: what capacity checks need, without running anything.
+
+    Attributes:
+        input_ids: int64 [T].
+        text_slots: int64 [T].
+        visual_slots: int64 [N].
+    """
+
+    input_ids: np.ndarray
+    text_slots: np.ndarray
+    visual_slots: np.ndarray
+
+    @property
+    def num_text(self) -> int:
+        """T, the text tokens of the step."""
+        return len(self.text_slots)
+
+    @property
+    def num_visual(self) -> int:
+        """N, the visual tokens of the step."""
+        return len(self.visual_slots)
+
+    def inputs(self, visual_embeds: np.ndarray, rotary: Rotary, start: int) -> StepInputs:
+        """The step's inputs at batch 1.
+
+        Args:
+            visual_embeds: float [M, N / M, D], the encoded images in the order of their placeholders.
+            rotary: table of the model.
+            start: position of the step's first token: tokens of the dialogue so far, visual ones included.
+        """
+        cos, sin = rotary.rows(start, self.num_text + self.num_visual)
+        return StepInputs(
+            input_ids=self.input_ids[None],
+            visual_embeds=visual_embeds.reshape(1, self.num_visual, visual_embeds.shape[-1]),
+            text_slots=self.text_slots,
+            visual_slots=self.visual_slots,
+            rope_cos=cos,
+            rope_sin=sin,
+        )
+
+
+def lay_out(
+    token_ids: Sequence[int], *, image_token: str, image_token_id: int, num_images: int, tokens_per_image: int
+) -> Layout:
+    """Take the image placeholders out of `token_ids` and give each of them `tokens_per_image` slots.
+
+    Raises:
+        UserError: no tokens, other than `num_images` placeholders, or a placeholder at the end (the logits
+            come from the last row, which must be text).
+    """
+    ids = np.asarray(token_ids, dtype=np.int64)
+    is_image = ids == image_token_id
+    count = int(is_image.sum())
+    if count != num_images:
+        raise UserError(
+            f"the prompt has {count} {image_token} placeholders, but {num_images} images are given",
+            hint=f"leave {image_token} out of the question: the chat template writes one for each image",
+        )
+    if not len(ids):
+        raise UserError("the prompt is empty", hint="ask a question")
+    if is_image[-1]:
+        raise UserError(
+            f"the prompt ends with an image ({image_token}), but an answer needs text as the last token",
+            hint="use a chat template that ends with text, such as `ASSISTANT:`",
+        )
+    widths = np.where(is_image, tokens_per_image, 1)
+    places = np.repeat(is_image, widths)
+    return Layout(
+        input_ids=ids[~is_image],
+        text_slots=np.flatnonzero(~places).astype(np.int64),
+        visual_slots=np.flatnonzero(places).astype(np.int64),
+    )
+
+
+def rows_added(schedule: Schedule, *, num_text: int, num_visual: int) -> np.ndarray:
+    """Cache rows that a step adds per stage, int64 [stages]: T + N in stage 0, T + min(K_s, N) in s."""
+    return np.asarray([num_text + stage.visual_rows(num_visual) for stage in schedule.stages], dtype=np.int64)

@@ -1,0 +1,190 @@
+"""The ONNX Runtime backend.
+
+Every cache is allocated once at its capacity and bound as past and as present of its layer, so that a step
+appends rows in place. Decode steps have fixed shapes: their inputs are bound once as well, and a step only
+writes a few numbers into them. Prompt steps bind their inputs anew and also return the routes.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reroute.errors import UserError
+from reroute.runtime.backend import BackendOptions, StepOutputs
+from reroute.runtime.bundle import Bundle
+from reroute.runtime.layout import StepInputs, rows_added
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OrtBackend:
+    """A bundle in ONNX Runtime; see `reroute.runtime.backend.Backend` for the methods."""
+
+    def __init__(self, bundle: Bundle, options: BackendOptions) -> None:
+        """Load both graphs and allocate the caches.
+
+        Raises:
+            UserError: onnxruntime is missing or too old for the graphs, or the provider is not in this build
+                of it.
+        """
+        self._ort = _import_onnxruntime()
+        self._options = options
+        self._manifest = bundle.manifest
+        self._provider = self._pick_provider(options.provider)
+        self._vision = self._load(bundle.part("vision"))
+        self._decoder = self._load(bundle.part("decoder"))
+        types = {i.name: i.type for i in self._decoder.get_inputs()}
+        self._dtype = _DTYPES[types["visual_embeds"]]
+        text, batch, stages = self._manifest.model.text, options.batch, self._manifest.schedule.stages
+
+        self._lengths = np.zeros(len(stages), dtype=np.int32)
+        self._capacity = np.asarray(self._manifest.cache_rows, dtype=np.int64)
+        self._kv_len = np.zeros(len(stages), dtype=np.int32)
+        self._logits = np.zeros((batch, text.vocab_size), dtype=np.float32)
+        self._caches: dict[
+            str, np.ndarray
+        ] = {}  # by cache name, "{layer}.key"; on the host for provider "cpu"
+        self._values: dict[
+            str, Any
+        ] = {}  # the OrtValue of each cache; on the CPU it shares the array's memory
+        for layer in range(text.num_layers):
+            rows = self._manifest.cache_rows[self._manifest.schedule.stage_of_layer(layer)]
+            for kind in ("key", "value"):
+                array = np.zeros((batch, text.num_kv_heads, rows, text.head_dim), dtype=self._dtype)
+                self._caches[f"{layer}.{kind}"] = array
+                self._values[f"{layer}.{kind}"] = self._ort.OrtValue.ortvalue_from_numpy(
+                    array, options.provider, 0
+                )
+
+        self._token = StepInputs(
+            input_ids=np.zeros((batch, 1), dtype=np.int64),
+            visual_embeds=np.zeros((batch, 0, text.hidden_size), dtype=self._dtype),
+            text_slots=np.zeros(1, dtype=np.int64),
+            visual_slots=np.zeros(0, dtype=np.int64),
+            rope_cos=np.zeros((1, text.head_dim // 2), dtype=np.float32),
+            rope_sin=np.zeros((1, text.head_dim // 2), dtype=np.float32),
+        )
+        self._bound: dict[Any, dict[str, np.ndarray]] = {}
+        self._prompt_binding = self._bind_caches()
+        self._token_binding = self._bind_caches()
+        self._bind_step(self._token_binding, self._token)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Valid cache rows of each stage so far, int32 [stages]."""
+        return self._lengths.copy()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches at their capacity."""
+        return sum(array.nbytes for array in self._caches.values())
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Visual embeddings [M, N, D] of images float32 [M, 3, H, W]."""
+        (embeds,) = self._vision.run(["visual_embeds"], {"pixel_values": pixel_values})
+        return embeds
+
+    def step(self, inputs: StepInputs) -> StepOutputs:
+        """Run the decoder and append to the caches; `lengths` advance only when the run succeeded."""
+        num_text, num_visual = len(inputs.text_slots), len(inputs.visual_slots)
+        schedule = self._manifest.schedule
+        kv_len = self._lengths + rows_added(schedule, num_text=num_text, num_visual=num_visual)
+        if (kv_len > self._capacity).any():
+            raise ValueError(f"the step needs {kv_len.tolist()} cache rows of {self._capacity.tolist()}")
+        self._kv_len[:] = kv_len
+        if num_text == 1 and num_visual == 0:
+            self._token.input_ids[:] = inputs.input_ids
+            self._token.rope_cos[:] = inputs.rope_cos
+            self._token.rope_sin[:] = inputs.rope_sin
+            if self._options.provider != "cpu":  # there an input is copied when it is bound
+                self._bind_step(self._token_binding, self._token)
+            self._decoder.run_with_iobinding(self._token_binding)
+            routes = ()
+        else:
+            self._bind_step(self._prompt_binding, inputs)
+            for stage in range(1, len(schedule.stages)):
+                # Their length depends on the step: bound anew, they are allocated by the run.
+                self._prompt_binding.bind_output(f"routes.{stage}", "cpu")
+            self._decoder.run_with_iobinding(self._prompt_binding)
+            outputs = self._prompt_binding.get_outputs()
+            routes = tuple(
+                value.numpy().copy() for value in outputs[len(outputs) - len(schedule.stages) + 1 :]
+            )
+        self._lengths[:] = kv_len
+        return StepOutputs(logits=self._logits, routes=routes)
+
+    def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a layer's valid rows, [B, H_kv, rows, head_dim]: views (copies with cuda)."""
+        rows = self._lengths[self._manifest.schedule.stage_of_layer(layer)]
+        key, value = (
+            self._caches[name] if self._options.provider == "cpu" else self._values[name].numpy()
+            for name in (f"{layer}.key", f"{layer}.value")
+        )
+        return key[:, :, :rows], value[:, :, :rows]
+
+    def reset(self) -> None:
+        """Forget all rows: what lies behind `lengths` is never read."""
+        self._lengths[:] = 0
+
+    def describe(self) -> dict[str, str]:
+        """Engine, version, provider and threads."""
+        return {
+            "engine": "ONNX Runtime",
+            "version": self._ort.__version__,
+            "provider": self._provider,
+            "threads": str(self._options.threads or "default"),
+            "spinning": "on" if self._options.spinning else "off",
+        }
+
+    def _pick_provider(self, name: str) -> str:
+        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[name]
+        available = self._ort.get_available_providers()
+        if provider not in available:
+            raise UserError(
+                f"this onnxruntime has no {provider}, only {', '.join(available)}",
+                hint='install the GPU build instead of the CPU one: pip install "reroute[ort-gpu]"',
+            )
+        return provider
+
+    def _load(self, path: Path) -> Any:
+        options = self._ort.SessionOptions()
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._options.spinning)))
+        if self._options.threads is not None:
+            options.intra_op_num_threads = self._options.threads
+        options.log_severity_level = 3
+        try:
+            return self._ort.InferenceSession(str(path), options, providers=[self._provider])
+        except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+            raise UserError(
+                f"ONNX Runtime {self._ort.__version__} cannot load {path.name}: {error}",
+                hint="build the bundle again, or install the onnxruntime that its manifest names",
+            ) from error
+
+    def _bind_caches(self) -> Any:
+        binding = self._decoder.io_binding()
+        for name, value in self._values.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(self._logits))
+        return binding
+
+    def _bind_step(self, binding: Any, inputs: StepInputs) -> None:
+        arrays = {name: np.ascontiguousarray(array) for name, array in vars(inputs).items()}
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_cpu_input("kv_len", self._kv_len)
+        self._bound[binding] = arrays  # a bound input is the array's own memory
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        return import_module("onnxruntime")
+    except ImportError as error:
+        raise UserError(
+            f"the bundle needs ONNX Runtime, which cannot be imported: {error}",
+            hint='pip install "reroute[ort]" (or "reroute[ort-gpu]")',
+        ) from error

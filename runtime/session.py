@@ -1,0 +1,304 @@
+"""A dialogue with an engine bundle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from reroute.errors import UserError
+from reroute.runtime import chat as messages
+from reroute.runtime.answer import Answer, AnswerStream, Timings
+from reroute.runtime.backend import Backend, BackendOptions, open_backend
+from reroute.runtime.bundle import Bundle
+from reroute.runtime.image import ImageInput, open_image, preprocess
+from reroute.runtime.layout import Layout, lay_out, rows_added
+from reroute.runtime.rope import Rotary
+from reroute.runtime.sampling import Sampler, Sampling
+from reroute.runtime.text import Token, Writer
+
+Images = ImageInput | list[ImageInput] | tuple[ImageInput, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """A question that fits: everything known before anything runs."""
+
+    number: int
+    layout: Layout
+    pixel_values: np.ndarray  # float32 [M, 3, H, W]
+    image_ms: float
+    messages: tuple[messages.Message, ...]
+    max_new_tokens: int
+
+
+class Session:
+    """A dialogue: questions, images and answers whose keys and values stay in the engine's caches.
+
+    State (caches, history) changes only by steps that succeeded, so that after an error the next question
+    still works. Not for use from several threads.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        """Use `Session.open`; this constructor takes a backend that is already there."""
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self._backend: Backend | None = backend
+        self._chat = bundle.chat()
+        text = self.manifest.model.text
+        self._rotary = Rotary(head_dim=text.head_dim, theta=text.rope_theta, rows=self.manifest.cache_rows[0])
+        self._turns = 0  # counts resets too: a stream of an earlier state notices
+        self.reset()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        provider: str = "cpu",
+        spinning: bool = False,
+        verify: bool = True,
+    ) -> Session:
+        """Check and load a bundle.
+
+        Args:
+            path: the bundle's folder.
+            threads: CPU threads, None for the engine's choice.
+            provider: "cpu" or "cuda".
+            spinning: let idle threads spin (see `BackendOptions`).
+            verify: hash the files first.
+
+        Raises:
+            UserError: whatever is wrong with the bundle or the engine library.
+        """
+        options = BackendOptions(threads=threads, provider=provider, spinning=spinning)
+        bundle = Bundle.open(path, verify=verify)
+        return cls(bundle, open_backend(bundle, options))
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine and its caches; the session cannot be used any more."""
+        self._backend = None
+
+    def reset(self) -> None:
+        """Forget the dialogue: the next question is the first one."""
+        self.backend.reset()
+        self._messages: tuple[messages.Message, ...] = ()
+        self._pending: int | None = None  # a sampled token that belongs to the dialogue but was not run yet
+        self._turns += 1
+
+    @property
+    def backend(self) -> Backend:
+        """The engine. Raises RuntimeError after `close`."""
+        if self._backend is None:
+            raise RuntimeError("the session is closed")
+        return self._backend
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the caches at their capacity, which is what is allocated."""
+        return self.backend.cache_bytes
+
+    @property
+    def cache_bytes_used(self) -> int:
+        """Bytes of the caches' valid rows, which is what the dialogue so far needs."""
+        stages = self.manifest.schedule.stages
+        layers = np.asarray([stage.num_layers for stage in stages])
+        capacity = int(layers @ np.asarray(self.manifest.cache_rows))
+        return self.cache_bytes // capacity * int(layers @ self.backend.lengths)
+
+    def ask(
+        self,
+        prompt: str,
+        image: Images = None,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Answer:
+        """Ask and wait for the whole answer; arguments and errors as in `stream`."""
+        stream = self.stream(prompt, image, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(
+        self,
+        prompt: str,
+        image: Images = None,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> AnswerStream:
+        """Ask the next question of the dialogue. Checks everything now; runs as the stream is read.
+
+        Args:
+            prompt: the question, without placeholders.
+            image: a path, a Pillow image or a uint8 array [H, W, 3], or several in a list; new in this turn.
+            max_new_tokens: tokens of the answer at most; less when the caches are full before.
+            sampling: how tokens are chosen; None for greedy.
+            stop: the answer ends in front of the first of these strings.
+
+        Raises:
+            UserError: an image or the prompt is unusable, or the prompt does not fit what is left of the
+                caches.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}", hint="ask for at least 1 token")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stops:
+            raise UserError(
+                "a stop string is empty", hint="an empty string would stop before the first token"
+            )
+        images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        turn = self._prepare(prompt, images, max_new_tokens)
+        return AnswerStream(
+            self._run(turn, Sampler(sampling or Sampling()), Writer(self._chat.tokenizer, stops))
+        )
+
+    def _prepare(self, prompt: str, images: list[ImageInput], max_new_tokens: int) -> _Turn:
+        model = self.manifest.model
+        if not prompt.strip() and not images:
+            raise UserError("the prompt is empty", hint="ask a question")
+        start = time.perf_counter()
+        pixels = [preprocess(open_image(image), model.image) for image in images]
+        image_ms = _ms_since(start)
+        history = (*self._messages, messages.user_message(prompt, num_images=len(images)))
+        if self._messages:
+            ids = self._chat.next_turn(history)
+            ids = ids if self._pending is None else [self._pending, *ids]
+        else:
+            ids = self._chat.first_turn(history)
+        layout = lay_out(
+            ids,
+            image_token=model.tokens.image_token,
+            image_token_id=model.tokens.image_token_id,
+            num_images=len(images),
+            tokens_per_image=model.vision.tokens_per_image,
+        )
+        side = (model.image.crop_height, model.image.crop_width)
+        return _Turn(
+            number=self._turns,
+            layout=layout,
+            pixel_values=np.stack(pixels) if pixels else np.zeros((0, 3, *side), dtype=np.float32),
+            image_ms=image_ms,
+            messages=history,
+            # The last sampled token is not run, so an answer needs one row less than it has tokens.
+            max_new_tokens=min(max_new_tokens, self._room_after(layout) + 1),
+        )
+
+    def _room_after(self, layout: Layout) -> int:
+        """Rows left in the fullest stage after a prompt. Raises UserError when the prompt does not fit."""
+        schedule = self.manifest.schedule
+        needed = rows_added(schedule, num_text=layout.num_text, num_visual=layout.num_visual)
+        capacity = np.asarray(self.manifest.cache_rows)
+        left = capacity - self.backend.lengths
+        if (needed > left).any():
+            stage = int((needed > left).argmax())
+            raise UserError(
+                f"the prompt ({layout.num_text} text and {layout.num_visual} visual tokens) needs "
+                f"{needed[stage]} cache rows in stage {stage}; {left[stage]} of {capacity[stage]} are left",
+                hint="reset the session, ask less, or export with a larger --max-text or --max-images",
+            )
+        return int((left - needed).min())
+
+    def _run(self, turn: _Turn, sampler: Sampler, writer: Writer) -> Generator[Token, None, Answer]:
+        if turn.number != self._turns:
+            raise RuntimeError(
+                "another question was asked, or the session was reset, after this stream was made"
+            )
+        self._turns += 1
+        number = self._turns
+        layout = turn.layout
+        start = time.perf_counter()
+        if len(turn.pixel_values):
+            embeds = self.backend.encode(turn.pixel_values)
+        else:
+            embeds = np.zeros((1, 0, self.manifest.model.text.hidden_size), dtype=self.manifest.dtype)
+        vision_ms = _ms_since(start)
+        start = time.perf_counter()
+        outputs = self.backend.step(layout.inputs(embeds, self._rotary, int(self.backend.lengths[0])))
+        prefill_ms = _ms_since(start)
+        reply = messages.assistant_message("")
+        self._messages = (*turn.messages, reply)
+        self._pending = None
+        routes = tuple(np.flatnonzero(np.isin(layout.visual_slots, r[0])) for r in outputs.routes)
+        routes = routes or tuple(np.zeros(0, np.int64) for _ in self.manifest.schedule.budgets)
+
+        logits = outputs.logits
+        ends = self.manifest.model.tokens.eos_token_ids
+        ids: list[int] = []
+        pieces: list[str] = []
+        decode_ms = 0.0
+        reason = ""
+        while not reason:
+            start = time.perf_counter()
+            if ids:
+                logits = self._decode(ids[-1])
+            token, logprob = sampler.pick(logits[0])
+            ids.append(token)
+            piece = ""
+            if token in ends:
+                # Not kept: where a template wants an end token after an answer, the next turn's tail has it.
+                reason = "eos"
+            else:
+                self._pending = token
+                piece = writer.push(token)
+                reason = "length" if len(ids) >= turn.max_new_tokens else ""
+            if reason:
+                piece += writer.finish()
+            if writer.stopped:
+                reason = "stop"
+            pieces.append(piece)
+            reply["content"][0]["text"] += piece
+            if len(ids) > 1:
+                decode_ms += _ms_since(start)
+            yield Token(id=token, text=piece, logprob=logprob)
+            if number != self._turns:
+                raise RuntimeError("another question was asked, or the session was reset, during this stream")
+        timings = Timings(
+            image_ms=turn.image_ms,
+            vision_ms=vision_ms,
+            prefill_ms=prefill_ms,
+            decode_ms=decode_ms,
+            prefill_tokens=layout.num_text + layout.num_visual,
+            decode_tokens=len(ids) - 1,
+        )
+        return Answer(
+            text="".join(pieces),
+            token_ids=tuple(ids),
+            stop_reason=reason,
+            routes=routes,
+            prompt_tokens=layout.num_text,
+            visual_tokens=layout.num_visual,
+            timings=timings,
+        )
+
+    def _decode(self, token: int) -> np.ndarray:
+        """Run one sampled token. Returns logits float32 [1, V]."""
+        place = Layout(
+            input_ids=np.asarray([token], dtype=np.int64),
+            text_slots=np.zeros(1, dtype=np.int64),
+            visual_slots=np.zeros(0, dtype=np.int64),
+        )
+        nothing = np.zeros((1, 0, self.manifest.model.text.hidden_size), dtype=self.manifest.dtype)
+        outputs = self.backend.step(place.inputs(nothing, self._rotary, int(self.backend.lengths[0])))
+        self._pending = None
+        return outputs.logits
+
+
+def _ms_since(start: float) -> float:
+    return (time.perf_counter() - start) * 1000

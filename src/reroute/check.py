@@ -1,0 +1,279 @@
+"""`reroute check`: an engine against the torch reference, part by part, through Polygraphy's comparators.
+
+The reference is the one recorded at export (no torch needed, so it runs on a Jetson too), or, given the checkpoint, a
+fresh run of torch on any image and prompt. The engine is driven through the same scenario (`reroute.scenario`) by the
+runtime's own backend, so what is checked is what answers.
+
+Gates (fp32): vision features within 1e-4 of the reference and cosine >= 0.9999; slots identical, except where scores
+tie within 1e-5 at the cut-off; every layer's cache and the logits within 1e-4; all greedy tokens identical, except where
+the reference's own two best logits tie within 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reroute import scenario as scenarios
+from reroute.errors import UserError
+from reroute.manifest import Manifest
+from reroute.runtime.backend import Backend, open_backend
+from reroute.runtime.bundle import Bundle
+from reroute.runtime.layout import StepInputs, lay_out
+from reroute.runtime.rope import Rotary
+from reroute.scenario import Arrays, Scenario
+
+TOLERANCE = 1e-4
+MARGIN = 1e-5
+COSINE = 0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRow:
+    """One gate: what was compared, what was measured, what it may be at most (or at least)."""
+
+    part: str
+    quantity: str
+    measured: str
+    gate: str
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """All gates of one check.
+
+    Attributes:
+        reference: "recorded at export" or "torch, live".
+        rows: the gates, in the order of the data flow.
+    """
+
+    reference: str
+    rows: tuple[CheckRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passed."""
+        return all(row.passed for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON and the manifest."""
+        return {"passed": self.passed, "reference": self.reference, "rows": [asdict(row) for row in self.rows]}
+
+
+def check_bundle(
+    bundle: Path,
+    *,
+    checkpoint: Path | None = None,
+    image: Path | None = None,
+    prompt: str | None = None,
+    tokens: int = 64,
+) -> CheckReport:
+    """Compare a bundle with its torch reference.
+
+    Args:
+        bundle: the engine bundle.
+        checkpoint: run torch on this checkpoint now, instead of reading the recorded reference.
+        image: with `checkpoint`, the image to use instead of the probe's.
+        prompt: with `checkpoint`, the question to use instead of the probe's words.
+        tokens: with `checkpoint`, greedy tokens to compare.
+
+    Raises:
+        UserError: not a bundle, or a checkpoint that is not the bundle's.
+    """
+    opened = Bundle.open(bundle)
+    if checkpoint is None:
+        if image is not None or prompt is not None:
+            raise UserError(
+                "an image or a prompt of your own needs the reference to run",
+                hint="add --checkpoint DIR with the checkpoint that the bundle was exported from",
+            )
+        expected = scenarios.load(opened.path / scenarios.FILE_NAME)
+        kind = "recorded at export"
+    else:
+        expected = live_reference(opened, checkpoint, image=image, prompt=prompt, tokens=tokens)
+        kind = "torch, live"
+    backend = open_backend(opened)
+    measured = replay(backend, opened.manifest, expected)
+    return CheckReport(reference=kind, rows=tuple(compare(opened.manifest, expected, measured)))
+
+
+def live_reference(
+    bundle: Bundle, checkpoint: Path, *, image: Path | None, prompt: str | None, tokens: int
+) -> Arrays:
+    """Run the torch reference on the checkpoint that the bundle came from. Raises UserError if it is another one."""
+    from reroute.export.checkpoint import Checkpoint
+    from reroute.export.models import family_of
+    from reroute.export.reference import record
+
+    opened = Checkpoint.open(checkpoint)
+    model = bundle.manifest.model
+    if opened.sha256 != model.checkpoint_sha256:
+        raise UserError(
+            f"{checkpoint} is not the checkpoint of this bundle: its fingerprint is {opened.sha256[:12]}..., the "
+            f"bundle's {model.checkpoint_sha256[:12]}...",
+            hint="give the checkpoint that was exported, or export this one",
+        )
+    family = family_of(opened)
+    decoder = family.build_decoder(opened, model, bundle.manifest.schedule)
+    inputs = scenario_of(bundle, image=image, prompt=prompt, tokens=tokens)
+    return record(decoder, family.build_vision(opened, model), model, inputs)
+
+
+def scenario_of(bundle: Bundle, *, image: Path | None, prompt: str | None, tokens: int) -> Scenario:
+    """The probe, with the user's own image and prompt in its place where given."""
+    from reroute.runtime.chat import user_message
+    from reroute.runtime.image import open_image, preprocess
+
+    model = bundle.manifest.model
+    probe = scenarios.probe(model, num_tokens=tokens)
+    pixels, ids = probe.pixel_values, probe.prompt_ids
+    if image is not None:
+        pixels = preprocess(open_image(image), model.image)[None]
+    if prompt is not None:
+        ids = np.asarray(bundle.chat().first_turn([user_message(prompt, num_images=1)]), dtype=np.int64)
+    return Scenario(pixel_values=pixels, prompt_ids=ids, turn_ids=probe.turn_ids, num_tokens=tokens)
+
+
+def replay(backend: Backend, manifest: Manifest, expected: Arrays) -> Arrays:
+    """Drive an engine through the scenario of a reference; arrays by the same names."""
+    inputs = Scenario.from_arrays(expected)
+    model = manifest.model
+    needed = len(inputs.prompt_ids) + inputs.num_tokens + len(inputs.turn_ids)
+    if needed > manifest.capacity.max_text + 1:
+        raise UserError(
+            f"the scenario has {needed} text tokens, the bundle's capacity is {manifest.capacity.max_text}",
+            hint="export with a larger --max-text, or check fewer --tokens",
+        )
+    rows = manifest.capacity.max_text + max(1, manifest.capacity.max_images) * model.vision.tokens_per_image
+    rotary = Rotary(head_dim=model.text.head_dim, theta=model.text.rope_theta, rows=rows)
+    backend.reset()
+    measured: Arrays = {"visual_embeds": backend.encode(inputs.pixel_values)}
+
+    def step(ids: Sequence[int], embeds: np.ndarray) -> StepInputs:
+        layout = lay_out(
+            ids,
+            image_token=model.tokens.image_token,
+            image_token_id=model.tokens.image_token_id,
+            num_images=len(embeds),
+            tokens_per_image=model.vision.tokens_per_image,
+        )
+        return layout.inputs(embeds, rotary, int(backend.lengths[0]))
+
+    no_image = np.zeros((0, model.vision.tokens_per_image, model.text.hidden_size), dtype=np.float32)
+    # The engine's own vision features go in, so that the whole chain is what is compared.
+    outputs = backend.step(step(inputs.prompt_ids.tolist(), measured["visual_embeds"]))
+    measured["prompt.logits"] = outputs.logits.copy()
+    measured |= {f"routes.{stage}": route for stage, route in enumerate(outputs.routes, start=1)}
+    tokens, margins = [int(outputs.logits.argmax())], [_margin(outputs.logits)]
+    for forced in expected["tokens"][:-1].tolist():
+        outputs = backend.step(step([forced], no_image))
+        tokens.append(int(outputs.logits.argmax()))
+        margins.append(_margin(outputs.logits))
+    measured["tokens"], measured["margins"] = np.asarray(tokens, dtype=np.int64), np.asarray(margins)
+    turn = [int(expected["tokens"][-1]), *inputs.turn_ids.tolist()]
+    measured["turn.logits"] = backend.step(step(turn, no_image)).logits.copy()
+    for layer in range(model.text.num_layers):
+        key, value = backend.cache(layer)
+        measured[f"cache.{layer}.key"], measured[f"cache.{layer}.value"] = np.array(key), np.array(value)
+    return measured
+
+
+def compare(manifest: Manifest, expected: Arrays, measured: Arrays) -> list[CheckRow]:
+    """All gates of a replay."""
+    rows = [_close("vision", "features", ["visual_embeds"], expected, measured)]
+    tied = False
+    for stage in range(1, len(manifest.schedule.stages)):
+        row, tie = _slots(stage, expected, measured)
+        rows.append(row)
+        tied = tied or tie
+    for number, stage in enumerate(manifest.schedule.stages):
+        names = [f"cache.{i}.{part}" for i in range(stage.start, stage.stop) for part in ("key", "value")]
+        if not names:
+            continue
+        part, quantity = f"stage {number}", f"caches of layers {stage.start}-{stage.stop - 1}"
+        if tied and number:
+            # Other rows ran, rightly: their caches are not the reference's. The logits below still have to agree.
+            rows.append(CheckRow(part=part, quantity=quantity, measured="tie above", gate="not compared", passed=True))
+        else:
+            rows.append(_close(part, quantity, names, expected, measured))
+    rows.append(_close("prompt", "logits", ["prompt.logits"], expected, measured))
+    rows.append(_tokens(expected, measured))
+    rows.append(_close("later turn", "logits", ["turn.logits"], expected, measured))
+    return rows
+
+
+def _close(part: str, quantity: str, names: Sequence[str], expected: Arrays, measured: Arrays) -> CheckRow:
+    """Gate on the largest absolute difference, over all `names`, as Polygraphy computes it, and on the cosine."""
+    from polygraphy.comparator import CompareFunc, IterationResult
+    from polygraphy.logger import G_LOGGER
+
+    gate = f"max abs <= {TOLERANCE:g}, cosine >= {COSINE}"
+    wrong = [name for name in names if expected[name].shape != measured[name].shape]
+    if wrong:
+        shapes = f"{wrong[0]} {list(measured[wrong[0]].shape)} for {list(expected[wrong[0]].shape)}"
+        return CheckRow(part=part, quantity=quantity, measured=f"shape {shapes}", gate=gate, passed=False)
+    results = [
+        IterationResult(OrderedDict((name, arrays[name]) for name in names), runner_name=runner)
+        for arrays, runner in ((measured, "engine"), (expected, "torch"))
+    ]
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        same = CompareFunc.simple(atol=TOLERANCE, rtol=0.0, check_error_stat="max")(*results)
+    worst = max(float(same[name].max_absdiff) for name in names)
+    cosine = min(_cosine(expected[name], measured[name]) for name in names)
+    return CheckRow(
+        part=part,
+        quantity=quantity,
+        measured=f"max abs {worst:.1e}, cosine {cosine:.6f}",
+        gate=gate,
+        passed=all(bool(same[name]) for name in names) and cosine >= COSINE,
+    )
+
+
+def _slots(stage: int, expected: Arrays, measured: Arrays) -> tuple[CheckRow, bool]:
+    """Slots of a stage must be identical; a candidate may differ only if its score ties with the cut-off."""
+    want, got = set(expected[f"routes.{stage}"].ravel().tolist()), set(measured[f"routes.{stage}"].ravel().tolist())
+    different = sorted(want ^ got)
+    candidates, scores = expected[f"candidates.{stage}"].ravel(), expected[f"scores.{stage}"].ravel()
+    score_of = dict(zip(candidates.tolist(), scores.tolist(), strict=True))
+    kept = [score for slot, score in score_of.items() if slot in want]
+    cut = min(kept) if kept else 0.0
+    tie = bool(different) and all(abs(score_of.get(slot, np.inf) - cut) <= MARGIN for slot in different)
+    row = CheckRow(
+        part=f"stage {stage}",
+        quantity="slots",
+        measured=f"{len(want & got)} of {len(want)} equal" + (", the rest tie" if tie else ""),
+        gate=f"identical, or within {MARGIN:g} of the cut-off",
+        passed=len(want) == len(got) and (not different or tie),
+    )
+    return row, tie
+
+
+def _tokens(expected: Arrays, measured: Arrays) -> CheckRow:
+    """Greedy tokens, each given the reference's tokens before it."""
+    equal = expected["tokens"] == measured["tokens"]
+    tied = ~equal & (measured["margins"] <= MARGIN)
+    return CheckRow(
+        part="decode",
+        quantity="greedy tokens",
+        measured=f"{int(equal.sum())} of {len(equal)} equal" + (", the rest tie" if tied.any() else ""),
+        gate=f"identical, or within {MARGIN:g} of the best",
+        passed=bool((equal | tied).all()),
+    )
+
+
+def _margin(logits: np.ndarray) -> float:
+    """Best minus second-best logit of one row."""
+    second, first = np.sort(logits.ravel())[-2:]
+    return float(first - second)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    x, y = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
+    norms = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / norms) if norms else 1.0

@@ -1,0 +1,297 @@
+"""The plan's arithmetic: FLOPs, KV cache and memory of one routed prompt, without running anything.
+
+Conventions, so that the numbers can be checked by hand:
+
+* A multiply-add is 2 FLOPs. Norms, rotary, softmax, activations and gathers are not counted.
+* Causal attention is counted as the half that is needed: R rows make R (R + 1) / 2 query-key pairs, and a
+  pair costs 4 * head_dim FLOPs a head (2 for the score, 2 for the weighted value). The vision tower's
+  attention is full.
+* A decision's overhead is what the layer would not do anyway: the K projection of the candidates that do not
+  run, the query of the last row, and that query's scores against every candidate. Candidates are all S rows
+  for reroute, and the rows still alive for removal.
+* `lm_head` runs on the last row only, for the routed and for the dense model alike.
+* The vision tower is a CLIP tower with its class token and LLaVA's two-layer projector.
+* The prompt is one step with `num_visual` visual tokens; every budget acts as min(keep, num_visual).
+
+Sources: algorithms as in Reroute, arXiv 2606.12412.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from reroute.errors import UserError, nearest
+from reroute.manifest import Capacity, Model, TextModel, VisionModel
+from reroute.routing import Schedule, Stage
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_CLIP_HEAD_DIM = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage of the schedule for one prompt. FLOPs and bytes are of all layers of the stage together.
+
+    Attributes:
+        start: first layer.
+        stop: one past the last layer.
+        budget: visual rows kept by the decision at `start`, None before the first decision.
+        rows: text and visual rows that run in each layer.
+        candidates: rows that the decision ranks or carries, text included; `rows` where nothing is decided.
+        cache_rows: capacity of each layer's cache.
+        linear_flops: projections and MLP.
+        attention_flops: causal attention.
+        scoring_flops: the decision's overhead.
+        kv_bytes: cache rows that the prompt fills.
+    """
+
+    start: int
+    stop: int
+    budget: int | None
+    rows: int
+    candidates: int
+    cache_rows: int
+    linear_flops: int
+    attention_flops: int
+    scoring_flops: int
+    kv_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """All FLOPs of the stage."""
+        return self.linear_flops + self.attention_flops + self.scoring_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one prompt costs under a schedule, next to the dense model. Bytes and FLOPs are exact integers.
+
+    `peak_bytes` is an estimate: weights + caches at capacity + workspace (see `decoder_workspace_bytes` and
+    `vision_workspace_bytes`; they add up because the two graphs do not share an arena). Constants of the
+    engine library and of Python are not in it.
+    """
+
+    num_text: int
+    num_visual: int
+    average_visual_tokens: float
+    stages: tuple[StagePlan, ...]
+    lm_head_flops: int
+    vision_flops: int
+    dense_decoder_flops: int
+    kv_bytes: int
+    dense_kv_bytes: int
+    cache_bytes: int
+    dense_cache_bytes: int
+    weight_bytes: int
+    workspace_bytes: int
+
+    @property
+    def decoder_flops(self) -> int:
+        """Prefill FLOPs of the routed decoder, scoring and lm_head included."""
+        return sum(stage.flops for stage in self.stages) + self.lm_head_flops
+
+    @property
+    def decoder_ratio(self) -> float:
+        """Routed decoder FLOPs as a share of the dense decoder's."""
+        return self.decoder_flops / self.dense_decoder_flops
+
+    @property
+    def total_ratio(self) -> float:
+        """The same with the vision tower, which routing does not touch, on both sides."""
+        return (self.decoder_flops + self.vision_flops) / (self.dense_decoder_flops + self.vision_flops)
+
+    @property
+    def kv_ratio(self) -> float:
+        """KV bytes of the prompt as a share of the dense model's."""
+        return self.kv_bytes / self.dense_kv_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimated peak memory: weights, caches at capacity and workspace."""
+        return self.weight_bytes + self.cache_bytes + self.workspace_bytes
+
+    def estimates(self) -> dict[str, float]:
+        """The figures that the manifest records, each with its unit in the name."""
+        figures = {
+            "num_text": self.num_text,
+            "num_visual": self.num_visual,
+            "decoder_flops": self.decoder_flops,
+            "dense_decoder_flops": self.dense_decoder_flops,
+            "scoring_flops": sum(stage.scoring_flops for stage in self.stages),
+            "vision_flops": self.vision_flops,
+            "kv_bytes": self.kv_bytes,
+            "dense_kv_bytes": self.dense_kv_bytes,
+            "cache_bytes": self.cache_bytes,
+            "dense_cache_bytes": self.dense_cache_bytes,
+            "weight_bytes": self.weight_bytes,
+            "workspace_bytes": self.workspace_bytes,
+            "peak_bytes": self.peak_bytes,
+        }
+        return {name: float(value) for name, value in figures.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: the fields, the stages, and the figures that follow from them."""
+        names = ("decoder_flops", "decoder_ratio", "total_ratio", "kv_ratio", "peak_bytes")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+
+
+def plan_for(
+    model: Model,
+    schedule: Schedule,
+    capacity: Capacity,
+    *,
+    dtype: str = "float32",
+    num_text: int = 64,
+    num_visual: int | None = None,
+) -> Plan:
+    """Cost of a prompt of `num_text` text and `num_visual` visual tokens (default: one image).
+
+    Args:
+        model: shapes and parameter counts; every value of `model.num_parameters` is summed.
+        schedule: resolved routing; it must cover the model's layers.
+        capacity: fixed sizes of a session.
+        dtype: dtype of weights, activations and caches.
+        num_text: text rows of the prompt, at least 1.
+        num_visual: visual rows of the prompt; 0 is a text-only prompt.
+
+    Raises:
+        UserError: an unknown dtype, a schedule of another depth, or an empty prompt.
+    """
+    text, vision = model.text, model.vision
+    if dtype not in DTYPE_BYTES:
+        raise UserError(f"no byte size for dtype {dtype!r}", hint=nearest(dtype, DTYPE_BYTES))
+    if schedule.num_layers != text.num_layers:
+        raise UserError(
+            f"the schedule covers {schedule.num_layers} layers, the decoder has {text.num_layers}",
+            hint="resolve the routing spec for this model",
+        )
+    if num_text < 1:
+        raise UserError(
+            f"a prompt has at least 1 text token, got {num_text}", hint="the last text row is the query"
+        )
+    size = DTYPE_BYTES[dtype]
+    num_visual = vision.tokens_per_image if num_visual is None else num_visual
+    row_bytes = kv_bytes_per_row(text, size)
+    cache_rows = capacity.cache_rows(schedule, vision.tokens_per_image)
+    stages = _stage_plans(text, schedule, num_text, num_visual, row_bytes, cache_rows)
+    total, layers = num_text + num_visual, text.num_layers
+    lm_head = 2 * text.hidden_size * text.vocab_size
+    images = -(-num_visual // vision.tokens_per_image)
+    dense_capacity = capacity.max_text + capacity.max_images * vision.tokens_per_image
+    workspace = decoder_workspace_bytes(text, stages, total, size) + vision_workspace_bytes(vision, size)
+    return Plan(
+        num_text=num_text,
+        num_visual=num_visual,
+        average_visual_tokens=schedule.average_visual_tokens(num_visual),
+        stages=stages,
+        lm_head_flops=lm_head,
+        vision_flops=images * vision_flops(vision, text.hidden_size),
+        dense_decoder_flops=layers * (linear_flops(text, total) + attention_flops(text, total)) + lm_head,
+        kv_bytes=sum(stage.kv_bytes for stage in stages),
+        dense_kv_bytes=layers * total * row_bytes,
+        cache_bytes=sum((stage.stop - stage.start) * stage.cache_rows * row_bytes for stage in stages),
+        dense_cache_bytes=layers * dense_capacity * row_bytes,
+        weight_bytes=sum(model.num_parameters.values()) * size,
+        workspace_bytes=workspace,
+    )
+
+
+def kv_bytes_per_row(text: TextModel, dtype_bytes: int) -> int:
+    """Bytes that one token adds to the cache of one layer: key and value of every KV head."""
+    return 2 * text.num_kv_heads * text.head_dim * dtype_bytes
+
+
+def linear_flops(text: TextModel, rows: int) -> int:
+    """Projections (q, k, v, o) and the gated MLP of one layer on `rows` rows."""
+    attention = text.hidden_size * text.head_dim * (2 * text.num_heads + 2 * text.num_kv_heads)
+    return 2 * rows * (attention + 3 * text.hidden_size * text.intermediate_size)
+
+
+def attention_flops(text: TextModel, rows: int) -> int:
+    """Causal attention of one layer on `rows` rows: rows (rows + 1) / 2 pairs, 4 * head_dim FLOPs a head."""
+    return 2 * text.num_heads * text.head_dim * rows * (rows + 1)
+
+
+def scoring_flops(text: TextModel, candidates: int, rows: int) -> int:
+    """Overhead of one decision that ranks `candidates` rows of which `rows` run."""
+    keys = 2 * (candidates - rows) * text.hidden_size * text.num_kv_heads * text.head_dim
+    query = 2 * text.hidden_size * text.num_heads * text.head_dim
+    return keys + query + 2 * candidates * text.num_heads * text.head_dim
+
+
+def vision_flops(vision: VisionModel, decoder_size: int) -> int:
+    """Patch embedding, encoder and two-layer projector for one image."""
+    patches = (vision.image_size // vision.patch_size) ** 2
+    rows, size = patches + 1, vision.hidden_size
+    embedding = 2 * patches * 3 * vision.patch_size**2 * size
+    layer = 2 * rows * (4 * size * size + 2 * size * vision.intermediate_size) + 4 * rows * rows * size
+    projector = 2 * vision.tokens_per_image * (size * decoder_size + decoder_size * decoder_size)
+    return embedding + vision.num_layers * layer + projector
+
+
+def decoder_workspace_bytes(
+    text: TextModel, stages: tuple[StagePlan, ...], total: int, dtype_bytes: int
+) -> int:
+    """Largest live set of a layer at the widest stage, plus the float32 logits of the last row.
+
+    With R rows of the widest stage that has layers, S rows of the full sequence, D, I, H, H_kv and head size
+    d: always the full sequence that deferred rows wait in (S D), the stage's rows and their norm (2 R D);
+    then the larger of attention (R d (2 H + 2 H_kv) for q, k, v and the output, and 4 H R R bytes of float32
+    probabilities, as an engine without a fused kernel holds them) and the MLP (3 R I for gate, up and their
+    product).
+    """
+    rows = max(stage.rows for stage in stages if stage.stop > stage.start)
+    stream = (total + 2 * rows) * text.hidden_size * dtype_bytes
+    heads = rows * text.head_dim * (2 * text.num_heads + 2 * text.num_kv_heads) * dtype_bytes
+    attention = heads + 4 * text.num_heads * rows * rows
+    mlp = 3 * rows * text.intermediate_size * dtype_bytes
+    return stream + max(attention, mlp) + 4 * text.vocab_size
+
+
+def vision_workspace_bytes(vision: VisionModel, dtype_bytes: int) -> int:
+    """The same for one tower layer on P + 1 rows: residual and norm, then q, k, v, output and float32
+    probabilities, or the MLP's two wide tensors. The manifest does not hold the tower's heads: CLIP's head
+    size of 64 is assumed.
+    """
+    rows = (vision.image_size // vision.patch_size) ** 2 + 1
+    num_heads = max(1, vision.hidden_size // _CLIP_HEAD_DIM)
+    attention = 4 * rows * vision.hidden_size * dtype_bytes + 4 * num_heads * rows * rows
+    mlp = 2 * rows * vision.intermediate_size * dtype_bytes
+    return 2 * rows * vision.hidden_size * dtype_bytes + max(attention, mlp)
+
+
+def _stage_plans(
+    text: TextModel,
+    schedule: Schedule,
+    num_text: int,
+    num_visual: int,
+    row_bytes: int,
+    cache_rows: tuple[int, ...],
+) -> tuple[StagePlan, ...]:
+    alive = num_text + num_visual
+    plans: list[StagePlan] = []
+    for stage, capacity in zip(schedule.stages, cache_rows, strict=True):
+        rows = num_text + stage.visual_rows(num_visual)
+        plans.append(_stage_plan(text, stage, rows, alive, row_bytes, capacity))
+        if schedule.action == "removal":
+            alive = rows
+    return tuple(plans)
+
+
+def _stage_plan(
+    text: TextModel, stage: Stage, rows: int, alive: int, row_bytes: int, capacity: int
+) -> StagePlan:
+    decides = stage.keep is not None
+    return StagePlan(
+        start=stage.start,
+        stop=stage.stop,
+        budget=stage.keep,
+        rows=rows,
+        candidates=alive if decides else rows,
+        cache_rows=capacity,
+        linear_flops=stage.num_layers * linear_flops(text, rows),
+        attention_flops=stage.num_layers * attention_flops(text, rows),
+        scoring_flops=scoring_flops(text, alive, rows) if decides else 0,
+        kv_bytes=stage.num_layers * rows * row_bytes,
+    )

@@ -1,0 +1,103 @@
+"""A scenario: the fixed steps that a reference and an engine are both driven through, and what is compared after.
+
+Steps: a prompt with one image, greedy decoding, a later turn of text alone, and greedy decoding again. Recorded as plain
+numpy arrays by name, so that a reference travels with an export as one `.npz` file and is read without torch.
+
+| name | dtype, shape | meaning |
+|---|---|---|
+| in.pixel_values | float32 [1, 3, H, W] | the image |
+| in.prompt_ids | int64 [P] | the prompt's token ids, the image as one placeholder |
+| in.turn_ids | int64 [P2] | token ids of the later turn |
+| in.num_tokens | int64 [] | greedy tokens after the prompt |
+| visual_embeds | float32 [1, N, D] | vision features |
+| prompt.logits | float32 [1, V] | last row of the prompt |
+| routes.{s} | int64 [1, T + K_s] | slots of stage s of the prompt |
+| scores.{s} | float32 [1, N] | reference only: what the decision before stage s ranked, by candidate slot |
+| candidates.{s} | int64 [1, N_s] | reference only: the slots that were ranked, in the order of scores.{s} |
+| tokens | int64 [G] | greedy tokens |
+| turn.logits | float32 [1, V] | last row of the later turn |
+| cache.{layer}.key, .value | float32 [1, H_kv, rows, head_dim] | all rows of the whole scenario |
+
+Greedy tokens are forced to the reference's when an engine replays them, so that one early difference cannot hide what
+comes after it: token t is the engine's own choice given the reference's tokens before t.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reroute.errors import UserError
+from reroute.manifest import Model
+
+FILE_NAME = "reference.npz"
+TURN_TOKENS = 7
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """Inputs of a scenario; shapes in the module docstring."""
+
+    pixel_values: np.ndarray
+    prompt_ids: np.ndarray
+    turn_ids: np.ndarray
+    num_tokens: int
+
+    def to_arrays(self) -> Arrays:
+        """The `in.*` arrays."""
+        return {
+            "in.pixel_values": self.pixel_values,
+            "in.prompt_ids": self.prompt_ids,
+            "in.turn_ids": self.turn_ids,
+            "in.num_tokens": np.asarray(self.num_tokens, dtype=np.int64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Scenario:
+        """The inverse of `to_arrays`."""
+        return cls(
+            pixel_values=arrays["in.pixel_values"],
+            prompt_ids=arrays["in.prompt_ids"],
+            turn_ids=arrays["in.turn_ids"],
+            num_tokens=int(arrays["in.num_tokens"]),
+        )
+
+
+def probe(model: Model, *, num_tokens: int = 64, seed: int = 0) -> Scenario:
+    """A seeded scenario for any model: an image of smooth colour blobs and random words around it."""
+    rng = np.random.default_rng(seed)
+    special = {model.tokens.image_token_id, *model.tokens.eos_token_ids}
+    words = np.asarray([i for i in range(model.text.vocab_size) if i not in special], dtype=np.int64)
+    prompt = np.concatenate([rng.choice(words, 4), [model.tokens.image_token_id], rng.choice(words, 20)])
+    height, width = model.image.crop_height, model.image.crop_width
+    coarse = rng.standard_normal((1, 3, 6, 6))
+    rows, columns = np.arange(height) * 6 // height, np.arange(width) * 6 // width
+    pixels = coarse[:, :, rows][:, :, :, columns] + 0.1 * rng.standard_normal((1, 3, height, width))
+    return Scenario(
+        pixel_values=pixels.astype(np.float32),
+        prompt_ids=prompt.astype(np.int64),
+        turn_ids=rng.choice(words, TURN_TOKENS),
+        num_tokens=num_tokens,
+    )
+
+
+def save(path: Path, arrays: Arrays) -> None:
+    """Write arrays as an uncompressed `.npz`; equal arrays give equal bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(arrays):
+            # A fixed date: the archive format would otherwise store the time of writing.
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, np.asarray(arrays[name], order="C"), allow_pickle=False)
+
+
+def load(path: Path) -> Arrays:
+    """Read a `.npz` without pickle. Raises UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path.name}: {error}", hint="export and build again") from error
