@@ -54,7 +54,8 @@ class Checkpoint:
         """Open a directory. Raises UserError: not a checkpoint, pickled weights, a missing or corrupt shard."""
         if not folder.is_dir():
             raise UserError(
-                f"{folder} is not a directory", hint="give a checkpoint directory with config.json and *.safetensors"
+                f"{folder} is not a directory",
+                hint="give a checkpoint directory with config.json and *.safetensors",
             )
         config = read_json(folder, "config.json", required=True)
         return cls(folder, config, _scan(folder))
@@ -153,7 +154,7 @@ def _scan(folder: Path) -> dict[str, Entry]:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise UserError(
-                f"{folder} holds pickled weights ({pickles[0]}) and no safetensors; pickle can run code when it is read",
+                f"{folder} holds pickled weights ({pickles[0]}) and no safetensors; reading a pickle can run code",
                 hint="convert it where you trust it: AutoModel.from_pretrained(...).save_pretrained(...)",
             )
         raise UserError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}", hint="the weights are missing")

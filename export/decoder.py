@@ -78,7 +78,11 @@ class Layer(nn.Module):
 
     def __init__(self, model: TextModel, *, attention_bias: bool, mlp_bias: bool) -> None:
         super().__init__()
-        size, q_size, kv_size = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        size, q_size, kv_size = (
+            model.hidden_size,
+            model.num_heads * model.head_dim,
+            model.num_kv_heads * model.head_dim,
+        )
         self.model = model
         self.scale = model.head_dim**-0.5
         self.input_norm = Norm(size, model.rms_norm_eps)
@@ -105,9 +109,7 @@ class Layer(nn.Module):
         """Run rows `h` [B, A, D], whose norm `x` and rotated keys are already there; returns rows and cache."""
         m = self.model
         q = self.query(x, rope, slots)
-        a, *present = ops.attention(
-            q, key, self.v_proj(x), *past, kv_len, m.num_heads, m.num_kv_heads, self.scale
-        )
+        a, *present = ops.attention(q, key, self.v_proj(x), *past, kv_len, m.num_heads, m.num_kv_heads, self.scale)
         h = h + self.o_proj(a)
         x = self.post_norm(h)
         h = h + self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))

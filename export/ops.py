@@ -13,7 +13,7 @@ G key/value heads, d head size, E any row width.
 | scatter | full [B, S, E], slots i64 [B, A], rows [B, A, E] | [B, S, E] |
 | rms_norm | x [..., E], weight [E] | [..., E] |
 | rotary | x [B, A, heads*d], cos and sin [S, d/2], slots i64 [B, A] | [B, A, heads*d] |
-| attention | q [B, A, H*d], k and v [B, A, G*d], past k and v [B, G, C, d], kv_len i32 [1] | out, present k, present v |
+| attention | q [B, A, H*d], k, v [B, A, G*d], past k, past v [B, G, C, d], kv_len i32 [1] | out, present k, present v |
 """
 
 from __future__ import annotations

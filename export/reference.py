@@ -1,4 +1,4 @@
-"""The torch reference: drives the paper's decoder through a scenario and records everything an engine must reproduce."""
+"""The torch reference: drives the paper's decoder through a scenario and records what an engine must reproduce."""
 
 from __future__ import annotations
 

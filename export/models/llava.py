@@ -122,14 +122,20 @@ def feature_layers(config: LlavaConfig) -> list[int]:
     layers = [chosen] if isinstance(chosen, int) else list(chosen)
     if any(not -count <= layer < count for layer in layers):
         raise UserError(
-            f"vision_feature_layer {chosen} does not exist in a tower of {count - 1} layers", hint="see config.json"
+            f"vision_feature_layer {chosen} does not exist in a tower of {count - 1} layers",
+            hint="see config.json",
         )
     return [layer % count for layer in layers]
 
 
 def decoder_shapes(config: LlavaConfig, text: TextModel) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes of all decoder tensors that the config implies."""
-    q, kv, size, inner = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim, text.hidden_size, 0
+    q, kv, size, inner = (
+        text.num_heads * text.head_dim,
+        text.num_kv_heads * text.head_dim,
+        text.hidden_size,
+        0,
+    )
     inner = text.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
         "language_model.embed_tokens.weight": (text.vocab_size, size),
@@ -228,9 +234,7 @@ def build_decoder(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> R
     """The routed decoder with fp32 weights, transposed to [in, out]."""
     config = parse_config(checkpoint).text_config
     with torch.device("meta"):
-        decoder = RoutedDecoder(
-            model.text, schedule, attention_bias=config.attention_bias, mlp_bias=config.mlp_bias
-        )
+        decoder = RoutedDecoder(model.text, schedule, attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
     state: dict[str, Tensor] = {}
     for name in decoder.state_dict():
         source = decoder_source(name, tied=model.text.tie_word_embeddings)
