@@ -77,7 +77,7 @@ def export_checkpoint(
     family = family_of(opened)
     model = family.read(opened)
     schedule = resolve(routing, model)
-    check_capacity(capacity, schedule, model)
+    check_capacity(capacity, model)
     template = chat_template(opened)
     with whole_folder(output, force=force) as folder:
         tell("reading the weights")
@@ -91,7 +91,8 @@ def export_checkpoint(
         inputs, outputs = trace.vision_inputs(model), trace.vision_outputs(model)
         parts["vision"] = trace.save(graph, folder, "vision", inputs, outputs)
         tell("recording the torch reference")
-        arrays = reference.record(decoder, tower, model, scenario.probe(model))
+        room = capacity.max_text - scenario.text_tokens(0)
+        arrays = reference.record(decoder, tower, model, scenario.probe(model, num_tokens=min(64, room)))
         scenario.save(folder / scenario.FILE_NAME, arrays)
         shutil.copyfile(opened.folder / "tokenizer.json", folder / "tokenizer.json")
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
@@ -114,14 +115,20 @@ def export_checkpoint(
     return manifest
 
 
-def check_capacity(capacity: Capacity, schedule: Schedule, model: Model) -> None:
-    """Refuse a session that the model's positions cannot hold. Raises UserError."""
-    if capacity.max_text < 2 or capacity.max_images < 0:
+def check_capacity(capacity: Capacity, model: Model) -> None:
+    """Refuse a session that cannot hold the shortest reference, or that the model's positions cannot hold.
+
+    Raises:
+        UserError: one of the two.
+    """
+    least = scenario.text_tokens(1)
+    if capacity.max_text < least or capacity.max_images < 1:
         raise UserError(
-            f"a session of {capacity.max_text} text tokens and {capacity.max_images} images cannot answer anything",
-            hint="use --max-text 2 or more and --max-images 0 or more",
+            f"{capacity.max_text} text tokens and {capacity.max_images} images are too few to check an engine with: "
+            f"the shortest reference takes {least} and 1",
+            hint=f"use --max-text {least} or more and --max-images 1 or more",
         )
-    rows, limit = capacity.max_text + capacity.max_images * model.vision.tokens_per_image, 0
+    rows = capacity.max_text + capacity.max_images * model.vision.tokens_per_image
     limit = model.text.max_position_embeddings
     if rows > limit:
         raise UserError(

@@ -23,16 +23,19 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# What `load` can widen to float32 as it is: anything else needs scales that it does not know of.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is, and its shape."""
+    """Where a tensor is, its shape, and its dtype in safetensors' spelling."""
 
     shard: str
     key: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Check that a tensor is there and has the shape that the config implies. Raises UserError."""
+        """Check that a tensor is there, of floats, and of the shape that the config implies. Raises UserError."""
         entry = self.entries.get(name)
         if entry is None:
             raise UserError(f"{self.folder} lacks the tensor {name}", hint="config.json and the weights do not match")
@@ -82,6 +85,11 @@ class Checkpoint:
             raise UserError(
                 f"the tensor {entry.key} has shape {list(entry.shape)}, config.json implies {list(shape)}",
                 hint="config.json and the weights do not match",
+            )
+        if entry.dtype not in _DTYPES:
+            raise UserError(
+                f"the tensor {entry.key} has dtype {entry.dtype}: quantized weights are not supported",
+                hint=f"supported: {', '.join(_DTYPES)}",
             )
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -147,6 +155,10 @@ def _scan(folder: Path) -> dict[str, Entry]:
     if index and not isinstance(weight_map, dict):
         raise UserError(f"{folder / INDEX_FILE} has no weight_map", hint="the file is damaged: copy it again")
     if weight_map:
+        if wrong := [place for place in weight_map.values() if not isinstance(place, str)]:
+            raise UserError(
+                f"{folder / INDEX_FILE} names {wrong[0]!r} as a shard", hint="the file is damaged: copy it again"
+            )
         shards = sorted(set(weight_map.values()))
     elif (folder / SINGLE_FILE).is_file():
         shards = [SINGLE_FILE]
@@ -167,8 +179,9 @@ def _scan(folder: Path) -> dict[str, Entry]:
         try:
             with safe_open(folder / shard, framework="np") as file:
                 for key in file.keys():  # noqa: SIM118 - not a mapping
-                    shape = tuple(file.get_slice(key).get_shape())
-                    entries[canonical_name(key)] = Entry(shard, key, shape)
+                    header = file.get_slice(key)
+                    shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
+                    entries[canonical_name(key)] = Entry(shard, key, shape, dtype)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"cannot read the shard {shard}: {error}", hint="it is damaged or cut short: copy it again"

@@ -17,7 +17,7 @@ class Timings:
     Attributes:
         image_ms: reading (files: decoding) and preprocessing the images.
         vision_ms: the vision graph.
-        prefill_ms: the decoder's first step, from bound inputs to logits.
+        prefill_ms: the decoder's first step, from host arrays (binding included) to logits.
         decode_ms: all later steps, each with choosing and decoding its token; the caller's time between
             tokens of a stream is not counted.
         prefill_tokens: text and visual tokens of the first step.

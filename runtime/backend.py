@@ -37,9 +37,7 @@ class BackendOptions:
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}", hint="give 1 or more, or leave it out")
         if self.provider not in ("cpu", "cuda"):
-            raise UserError(
-                f"unknown provider {self.provider!r}", hint=nearest(self.provider, ("cpu", "cuda"))
-            )
+            raise UserError(f"unknown provider {self.provider!r}", hint=nearest(self.provider, ("cpu", "cuda")))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,5 @@ class Bundle:
 
     def _listed(self, name: str) -> Path:
         if name not in self.manifest.files:
-            raise UserError(
-                f"the manifest of {self.path} does not list {name}", hint="build the bundle again"
-            )
+            raise UserError(f"the manifest of {self.path} does not list {name}", hint="build the bundle again")
         return self.path / name

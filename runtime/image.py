@@ -57,9 +57,7 @@ def open_image(source: ImageInput) -> Image.Image:
     except Image.DecompressionBombError:
         raise _too_large(name, "far more") from None
     except UnidentifiedImageError:
-        raise UserError(
-            f"{name} is not an image Pillow can read", hint="for example PNG, JPEG or WebP"
-        ) from None
+        raise UserError(f"{name} is not an image Pillow can read", hint="for example PNG, JPEG or WebP") from None
     except FileNotFoundError:
         raise UserError(f"there is no image {source}", hint="check the path") from None
     except (OSError, ValueError) as error:
@@ -106,16 +104,12 @@ def _load(image: Image.Image, name: str) -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damaged files
-        raise UserError(
-            f"{name} is damaged: {error}", hint="open and save it again with an editor"
-        ) from error
+        raise UserError(f"{name} is damaged: {error}", hint="open and save it again with an editor") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise UserError(
-            "images of floating-point pixels are not supported", hint="save the image with 8 bits"
-        )
+        raise UserError("images of floating-point pixels are not supported", hint="save the image with 8 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow clips 16-bit grey at 255 when it converts; the upper byte is the picture.
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))

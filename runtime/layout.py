@@ -61,6 +61,14 @@ class Layout:
         """N, the visual tokens of the step."""
         return len(self.visual_slots)
 
+    def after(self, token_id: int) -> Layout:
+        """The same step with one text token in front, whatever its id: a model may even sample a placeholder."""
+        return Layout(
+            input_ids=np.concatenate([[token_id], self.input_ids]),
+            text_slots=np.concatenate([[0], self.text_slots + 1]),
+            visual_slots=self.visual_slots + 1,
+        )
+
     def inputs(self, visual_embeds: np.ndarray, rotary: Rotary, start: int) -> StepInputs:
         """The step's inputs at batch 1.
 

@@ -45,20 +45,14 @@ class OrtBackend:
         self._capacity = np.asarray(self._manifest.cache_rows, dtype=np.int64)
         self._kv_len = np.zeros(len(stages), dtype=np.int32)
         self._logits = np.zeros((batch, text.vocab_size), dtype=np.float32)
-        self._caches: dict[
-            str, np.ndarray
-        ] = {}  # by cache name, "{layer}.key"; on the host for provider "cpu"
-        self._values: dict[
-            str, Any
-        ] = {}  # the OrtValue of each cache; on the CPU it shares the array's memory
+        self._caches: dict[str, np.ndarray] = {}  # by cache name, "{layer}.key"; on the host for provider "cpu"
+        self._values: dict[str, Any] = {}  # the OrtValue of each cache; on the CPU it shares the array's memory
         for layer in range(text.num_layers):
             rows = self._manifest.cache_rows[self._manifest.schedule.stage_of_layer(layer)]
             for kind in ("key", "value"):
                 array = np.zeros((batch, text.num_kv_heads, rows, text.head_dim), dtype=self._dtype)
                 self._caches[f"{layer}.{kind}"] = array
-                self._values[f"{layer}.{kind}"] = self._ort.OrtValue.ortvalue_from_numpy(
-                    array, options.provider, 0
-                )
+                self._values[f"{layer}.{kind}"] = self._ort.OrtValue.ortvalue_from_numpy(array, options.provider, 0)
 
         self._token = StepInputs(
             input_ids=np.zeros((batch, 1), dtype=np.int64),
@@ -111,9 +105,7 @@ class OrtBackend:
                 self._prompt_binding.bind_output(f"routes.{stage}", "cpu")
             self._decoder.run_with_iobinding(self._prompt_binding)
             outputs = self._prompt_binding.get_outputs()
-            routes = tuple(
-                value.numpy().copy() for value in outputs[len(outputs) - len(schedule.stages) + 1 :]
-            )
+            routes = tuple(value.numpy().copy() for value in outputs[len(outputs) - len(schedule.stages) + 1 :])
         self._lengths[:] = kv_len
         return StepOutputs(logits=self._logits, routes=routes)
 

@@ -48,9 +48,7 @@ def parse_box(text: str) -> Box | None:
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def route_picture(
-    image: ImageInput, answer: Answer, manifest: Manifest, *, image_index: int = 0
-) -> Image.Image:
+def route_picture(image: ImageInput, answer: Answer, manifest: Manifest, *, image_index: int = 0) -> Image.Image:
     """Draw the image with the answered box and, for each stage, the tokens that ran in it.
 
     Tokens that did not run are dimmed; a thin blue outline is around those that ran, a magenta one around
@@ -79,16 +77,17 @@ def route_picture(
         ran.append(own.reshape(rows, columns))
 
     box = _corners(parse_box(answer.text), shown.size)
-    panels = [(_answer_panel(shown, box), "answer", _shorten(answer.text))]
+    panels = [(_answer_panel(shown, box), "answer", _shorten(answer.text), "")]
     for index, stage in enumerate(manifest.schedule.stages):
         if stage.num_layers == 0:
             continue
         back = ran[index] & ~ran[max(0, index - 1)]
         last = stage.stop - 1
         layers = f"layer {last}" if stage.num_layers == 1 else f"layers {stage.start}-{last}"
-        detail = f"{ran[index].sum()} of {count} ran" + (f", {back.sum()} came back" if index > 1 else "")
+        detail = f"{ran[index].sum()} of {count} ran"
+        returned = f", {back.sum()} came back" if index > 1 else ""
         panel = _stage_panel(shown, ran[index], back, cell, box)
-        panels.append((panel, f"stage {index} · {layers}", detail))
+        panels.append((panel, f"stage {index} · {layers}", detail, returned))
     return _lay_out(panels, shown.size)
 
 
@@ -109,7 +108,7 @@ def _answer_panel(shown: Image.Image, box: tuple[int, int, int, int] | None) -> 
     if box is not None:
         draw = ImageDraw.Draw(panel)
         x1, y1, x2, y2 = box
-        draw.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=_PAPER, width=7)
+        draw.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=_PAPER, width=2)
         draw.rectangle(box, outline=_BOX, width=3)
     return panel
 
@@ -135,16 +134,18 @@ def _stage_panel(
     return panel
 
 
-def _lay_out(panels: list[tuple[Image.Image, str, str]], size: tuple[int, int]) -> Image.Image:
+def _lay_out(panels: list[tuple[Image.Image, str, str, str]], size: tuple[int, int]) -> Image.Image:
     per_row = len(panels) if len(panels) <= 3 else -(-len(panels) // 2)
     lines = -(-len(panels) // per_row)
     width, height = size[0] + _GAP, size[1] + _CAPTION + _GAP
     picture = Image.new("RGB", (per_row * width + _GAP, lines * height + _GAP), _PAPER)
     draw = ImageDraw.Draw(picture)
     title, detail = ImageFont.load_default(size=18), ImageFont.load_default(size=16)
-    for index, (panel, first, second) in enumerate(panels):
+    for index, (panel, first, second, returned) in enumerate(panels):
         left, top = _GAP + index % per_row * width, _GAP + index // per_row * height
         picture.paste(panel, (left, top + _CAPTION))
         draw.text((left, top), first, font=title, fill=_INK)
         draw.text((left, top + 24), second, font=detail, fill=_FAINT)
+        # In the colour of the outlines, which makes it their legend.
+        draw.text((left + draw.textlength(second, detail), top + 24), returned, font=detail, fill=_BACK)
     return picture

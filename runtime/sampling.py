@@ -28,9 +28,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(
-                f"the temperature is {self.temperature}", hint="0 is greedy; useful values are 0.1 to 1.5"
-            )
+            raise UserError(f"the temperature is {self.temperature}", hint="0 is greedy; useful values are 0.1 to 1.5")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}", hint="top_k is at least 1, or None for all tokens")
         if not 0 < self.top_p <= 1:

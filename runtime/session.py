@@ -21,7 +21,7 @@ from reroute.runtime.rope import Rotary
 from reroute.runtime.sampling import Sampler, Sampling
 from reroute.runtime.text import Token, Writer
 
-Images = ImageInput | list[ImageInput] | tuple[ImageInput, ...] | None
+Images = ImageInput | Sequence[ImageInput] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +160,10 @@ class Session:
             raise UserError(f"max_new_tokens is {max_new_tokens}", hint="ask for at least 1 token")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stops:
-            raise UserError(
-                "a stop string is empty", hint="an empty string would stop before the first token"
-            )
-        images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+            raise UserError("a stop string is empty", hint="an empty string would stop before the first token")
+        images = _as_list(image)
         turn = self._prepare(prompt, images, max_new_tokens)
-        return AnswerStream(
-            self._run(turn, Sampler(sampling or Sampling()), Writer(self._chat.tokenizer, stops))
-        )
+        return AnswerStream(self._run(turn, Sampler(sampling or Sampling()), Writer(self._chat.tokenizer, stops)))
 
     def _prepare(self, prompt: str, images: list[ImageInput], max_new_tokens: int) -> _Turn:
         model = self.manifest.model
@@ -177,11 +173,7 @@ class Session:
         pixels = [preprocess(open_image(image), model.image) for image in images]
         image_ms = _ms_since(start)
         history = (*self._messages, messages.user_message(prompt, num_images=len(images)))
-        if self._messages:
-            ids = self._chat.next_turn(history)
-            ids = ids if self._pending is None else [self._pending, *ids]
-        else:
-            ids = self._chat.first_turn(history)
+        ids = self._chat.next_turn(history) if self._messages else self._chat.first_turn(history)
         layout = lay_out(
             ids,
             image_token=model.tokens.image_token,
@@ -189,6 +181,8 @@ class Session:
             num_images=len(images),
             tokens_per_image=model.vision.tokens_per_image,
         )
+        if self._pending is not None:
+            layout = layout.after(self._pending)
         side = (model.image.crop_height, model.image.crop_width)
         return _Turn(
             number=self._turns,
@@ -217,9 +211,7 @@ class Session:
 
     def _run(self, turn: _Turn, sampler: Sampler, writer: Writer) -> Generator[Token, None, Answer]:
         if turn.number != self._turns:
-            raise RuntimeError(
-                "another question was asked, or the session was reset, after this stream was made"
-            )
+            raise RuntimeError("another question was asked, or the session was reset, after this stream was made")
         self._turns += 1
         number = self._turns
         layout = turn.layout
@@ -298,6 +290,12 @@ class Session:
         outputs = self.backend.step(place.inputs(nothing, self._rotary, int(self.backend.lengths[0])))
         self._pending = None
         return outputs.logits
+
+
+def _as_list(image: Images) -> list[ImageInput]:
+    if image is None:
+        return []
+    return list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
 
 
 def _ms_since(start: float) -> float:

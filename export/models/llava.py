@@ -8,9 +8,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
+from transformers.activations import ACT2FN
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from reroute.errors import UserError
+from reroute.errors import UserError, nearest
 from reroute.export.checkpoint import Checkpoint, read_json
 from reroute.export.decoder import RoutedDecoder
 from reroute.manifest import ImageProcessing, Model, TextModel, Tokens, VisionModel
@@ -36,6 +37,11 @@ def parse_config(checkpoint: Checkpoint) -> LlavaConfig:
         config = LlavaConfig.from_dict(checkpoint.config)
     except Exception as error:  # transformers raises many types for a bad config; all are the user's to mend
         raise UserError(f"config.json is not a valid LLaVA config: {error}", hint="copy config.json again") from error
+    if quantization := checkpoint.config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UserError(
+            f"the weights are quantized ({method})", hint="supported: checkpoints of float32, float16 or bfloat16"
+        )
     text, vision = config.text_config, config.vision_config
     rope = dict(text.rope_parameters or {})
     for what, value, supported in (
@@ -47,6 +53,12 @@ def parse_config(checkpoint: Checkpoint) -> LlavaConfig:
     ):
         if value != supported:
             raise UserError(f"the {what} {value!r} is not supported in a LLaVA model", hint=f"supported: {supported}")
+    for what, activation in (
+        ("vision activation", vision.hidden_act),
+        ("projector activation", config.projector_hidden_act),
+    ):
+        if activation not in ACT2FN:
+            raise UserError(f"the {what} {activation!r} is unknown", hint=nearest(str(activation), ACT2FN))
     strategy = config.vision_feature_select_strategy
     if strategy not in ("default", "full"):
         raise UserError(f"vision_feature_select_strategy {strategy!r} is unknown", hint="supported: default, full")
@@ -56,7 +68,13 @@ def parse_config(checkpoint: Checkpoint) -> LlavaConfig:
 def read(checkpoint: Checkpoint) -> Model:
     """Check config, tensors' names and shapes, tokenizer and processor, and describe the model."""
     config = parse_config(checkpoint)
-    text, vision = text_model(config), vision_model(config)
+    text, vision, image = text_model(config), vision_model(config), image_processing(checkpoint)
+    if (image.crop_height, image.crop_width) != (vision.image_size, vision.image_size):
+        raise UserError(
+            f"the image processor crops to {image.crop_height} x {image.crop_width}, the vision tower takes "
+            f"{vision.image_size} x {vision.image_size}",
+            hint="preprocessor_config.json and config.json do not match",
+        )
     for name, shape in decoder_shapes(config, text).items():
         checkpoint.require(name, shape)
     with torch.device("meta"):
@@ -69,7 +87,7 @@ def read(checkpoint: Checkpoint) -> Model:
         model_type="llava",
         text=text,
         vision=vision,
-        image=image_processing(checkpoint),
+        image=image,
         tokens=tokens(checkpoint, config),
         num_parameters={"decoder": checkpoint.count("language_model.") + head, "vision": vision_parameters},
         checkpoint_sha256=checkpoint.sha256,
@@ -177,21 +195,40 @@ def image_processing(checkpoint: Checkpoint) -> ImageProcessing:
     if off or data.get("do_pad"):
         what = ", ".join(f"{step}=false" for step in off) or "do_pad=true"
         raise UserError(f"the image processor has {what}", hint="supported: resize, centre crop, rescale, normalise")
+    try:
+        return _clip_constants(data)
+    except (TypeError, ValueError, KeyError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"the image processor's settings are not valid: {what}",
+            hint="copy preprocessor_config.json again",
+        ) from error
+
+
+def _clip_constants(data: dict[str, Any]) -> ImageProcessing:
+    """The constants of a checked image processor; ValueError, TypeError or KeyError where one is not a number."""
     size, crop = data.get("size", 224), data.get("crop_size", 224)
     edge = size.get("shortest_edge") if isinstance(size, dict) else size
     if edge is None:
         raise UserError(f"the image processor resizes to {size}", hint="supported: shortest_edge")
     height, width = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
-    mean, std = data["image_mean"], data["image_std"]
+    mean, std = _three(data, "image_mean"), _three(data, "image_std")
     return ImageProcessing(
         shortest_edge=int(edge),
         crop_height=int(height),
         crop_width=int(width),
         resample=int(data.get("resample", 3)),
         rescale_factor=float(data.get("rescale_factor", 1 / 255)),
-        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        std=(float(std[0]), float(std[1]), float(std[2])),
+        mean=mean,
+        std=std,
     )
+
+
+def _three(data: dict[str, Any], key: str) -> tuple[float, float, float]:
+    values = data[key]
+    if len(values) != 3:
+        raise ValueError(f"{key} is {values}, not three numbers")
+    return float(values[0]), float(values[1]), float(values[2])
 
 
 def tokens(checkpoint: Checkpoint, config: LlavaConfig) -> Tokens:
@@ -215,6 +252,11 @@ def tokens(checkpoint: Checkpoint, config: LlavaConfig) -> Tokens:
     settings = read_json(checkpoint.folder, "tokenizer_config.json")
     generation = read_json(checkpoint.folder, "generation_config.json")
     eos: Any = generation.get("eos_token_id", config.text_config.eos_token_id)
+    if eos is None:
+        raise UserError(
+            "neither generation_config.json nor config.json names an end token",
+            hint="set eos_token_id: without it no answer would end",
+        )
     eos_ids = tuple(eos) if isinstance(eos, list) else (int(eos),)
     return Tokens(
         image_token=image_token,

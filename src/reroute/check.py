@@ -97,6 +97,7 @@ def check_bundle(
                 "an image or a prompt of your own needs the reference to run",
                 hint="add --checkpoint DIR with the checkpoint that the bundle was exported from",
             )
+        opened.chat()  # a bundle whose tokenizer or template cannot be read would answer nothing
         expected = scenarios.load(opened.path / scenarios.FILE_NAME)
         kind = "recorded at export"
     else:

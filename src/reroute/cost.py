@@ -166,12 +166,13 @@ def plan_for(
             f"the schedule covers {schedule.num_layers} layers, the decoder has {text.num_layers}",
             hint="resolve the routing spec for this model",
         )
-    if num_text < 1:
+    num_visual = vision.tokens_per_image if num_visual is None else num_visual
+    if num_text < 1 or num_visual < 0:
         raise UserError(
-            f"a prompt has at least 1 text token, got {num_text}", hint="the last text row is the query"
+            f"a prompt has at least 1 text token and 0 visual ones, got {num_text} and {num_visual}",
+            hint="the last text row is the query of every decision",
         )
     size = DTYPE_BYTES[dtype]
-    num_visual = vision.tokens_per_image if num_visual is None else num_visual
     row_bytes = kv_bytes_per_row(text, size)
     cache_rows = capacity.cache_rows(schedule, vision.tokens_per_image)
     stages = _stage_plans(text, schedule, num_text, num_visual, row_bytes, cache_rows)
@@ -230,9 +231,7 @@ def vision_flops(vision: VisionModel, decoder_size: int) -> int:
     return embedding + vision.num_layers * layer + projector
 
 
-def decoder_workspace_bytes(
-    text: TextModel, stages: tuple[StagePlan, ...], total: int, dtype_bytes: int
-) -> int:
+def decoder_workspace_bytes(text: TextModel, stages: tuple[StagePlan, ...], total: int, dtype_bytes: int) -> int:
     """Largest live set of a layer at the widest stage, plus the float32 logits of the last row.
 
     With R rows of the widest stage that has layers, S rows of the full sequence, D, I, H, H_kv and head size
@@ -279,9 +278,7 @@ def _stage_plans(
     return tuple(plans)
 
 
-def _stage_plan(
-    text: TextModel, stage: Stage, rows: int, alive: int, row_bytes: int, capacity: int
-) -> StagePlan:
+def _stage_plan(text: TextModel, stage: Stage, rows: int, alive: int, row_bytes: int, capacity: int) -> StagePlan:
     decides = stage.keep is not None
     return StagePlan(
         start=stage.start,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -16,18 +17,24 @@ from reroute.manifest import FILE_NAME
 def check_output(output: Path, *, force: bool) -> None:
     """Refuse an output that would overwrite something. Raises UserError.
 
-    `force` replaces an earlier export or bundle, never a folder that Reroute did not write.
+    `force` replaces an earlier export or bundle, never a folder that Reroute did not write or that something was
+    added to.
     """
     if not output.exists() and not output.is_symlink():
         return
     if output.is_dir() and not any(output.iterdir()):
         return
-    if not output.is_dir() or not (output / FILE_NAME).is_file():
+    if not output.is_dir() or not _written(output):
         raise UserError(
-            f"{output} exists and is not a Reroute export or bundle", hint="choose another output, or remove it"
+            f"{output} exists and is not a Reroute export or bundle",
+            hint="choose another output, or remove it",
         )
     if not force:
         raise UserError(f"{output} exists already", hint="add --force to replace it")
+    if strange := sorted({path.name for path in output.iterdir()} - _written(output)):
+        raise UserError(
+            f"{output} holds {strange[0]}, which Reroute did not write", hint="move it away: --force would delete it"
+        )
 
 
 @contextlib.contextmanager
@@ -65,6 +72,15 @@ def _replace(staging: Path, output: Path) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _written(folder: Path) -> set[str]:
+    """Names at the top of an export or bundle, of any schema version, as its manifest lists them; else nothing."""
+    try:
+        files = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["files"]
+        return {FILE_NAME, *(Path(name).parts[0] for name in files)} if files else set()
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
 
 
 def _umask() -> int:

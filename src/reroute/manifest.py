@@ -203,7 +203,12 @@ class Manifest:
                 f"{path} has schema version {version}, this Reroute reads version {SCHEMA_VERSION}",
                 hint="build the bundle again with the installed version",
             )
-        return decode(cls, data, where=FILE_NAME)
+        manifest = decode(cls, data, where=FILE_NAME)
+        for name in (*manifest.files, *(part.file for part in manifest.parts.values())):
+            # Names are joined to folders, to read and, in a build, to write.
+            if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
+                raise UserError(f"{path} names a file outside its folder: {name}", hint="do not use this folder")
+        return manifest
 
     def verify_files(self, folder: Path) -> None:
         """Compare size and sha256 of every listed file with the manifest. Raises UserError."""
@@ -227,28 +232,18 @@ class Manifest:
 
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
-    with path.open("rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(stream)
-        )
-
-
-def _digest(stream: typing.BinaryIO) -> str:
     # hashlib.file_digest is new in Python 3.11; JetPack 6 has 3.10.
     digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def file_table(folder: Path) -> dict[str, File]:
     """Hash every file below `folder` except the manifest itself, sorted by name."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / FILE_NAME)
-    return {
-        p.relative_to(folder).as_posix(): File(bytes=p.stat().st_size, sha256=sha256_of(p)) for p in paths
-    }
+    return {p.relative_to(folder).as_posix(): File(bytes=p.stat().st_size, sha256=sha256_of(p)) for p in paths}
 
 
 def decode(kind: Any, data: Any, *, where: str) -> Any:

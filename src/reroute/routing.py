@@ -25,9 +25,7 @@ from reroute.errors import UserError, nearest
 Action = Literal["dense", "removal", "reroute"]
 Shape = Literal["uniform", "geometric", "halving"]
 
-_GRAMMAR = (
-    "ACTION@LAYERS:keep=K,K,... or ACTION@LAYERS:avg=A[:shape=S], for example reroute@2,7,15,23:avg=1/9"
-)
+_GRAMMAR = "ACTION@LAYERS:keep=K,K,... or ACTION@LAYERS:avg=A[:shape=S], for example reroute@2,7,15,23:avg=1/9"
 
 # (action, decision layers, shares of the visual tokens) as printed for LLaVA-1.5-7B, 32 layers, 576 tokens.
 # The "avg64" rows of the pdrop pair measure 80.4 and 84.1 tokens, not 64: the plan always prints the measured
@@ -79,9 +77,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.action not in get_args(Action):
-            raise UserError(
-                f"unknown routing action {self.action!r}", hint=nearest(self.action, get_args(Action))
-            )
+            raise UserError(f"unknown routing action {self.action!r}", hint=nearest(self.action, get_args(Action)))
         edges = [0, *(stage.stop for stage in self.stages)]
         if not self.stages or any(s.start != e for s, e in zip(self.stages, edges, strict=False)):
             raise ValueError(f"stages must be consecutive and start at layer 0: {self.stages}")
@@ -146,6 +142,8 @@ class RoutingSpec:
             return cls(text=text, action=action, layers=layers, keep=tuple(Fraction(k) for k in keep))
         head, *fields = text.split(":")
         name, at, layer_list = head.partition("@")
+        if name == "dense":
+            raise UserError(f"dense takes no layers and no options, got {text!r}", hint="write `dense` alone")
         if name not in ("removal", "reroute"):
             choices = ("dense", "removal", "reroute", "published")
             raise UserError(f"unknown routing action {name!r} in {text!r}", hint=nearest(name, choices))
@@ -164,9 +162,7 @@ class RoutingSpec:
                 options["average"] = _amount(value, text)
             elif key == "shape":
                 if value not in get_args(Shape):
-                    raise UserError(
-                        f"unknown shape {value!r} in {text!r}", hint=nearest(value, get_args(Shape))
-                    )
+                    raise UserError(f"unknown shape {value!r} in {text!r}", hint=nearest(value, get_args(Shape)))
                 options["shape"] = value
             else:
                 hint = nearest(key, ("keep", "avg", "shape"))
@@ -215,9 +211,7 @@ class RoutingSpec:
         candidates = num_visual
         for layer, budget in zip(self.layers, budgets, strict=True):
             if budget < 1:
-                raise UserError(
-                    f"the budget at layer {layer} is {budget}", hint="a budget is at least 1 token"
-                )
+                raise UserError(f"the budget at layer {layer} is {budget}", hint="a budget is at least 1 token")
             if budget > num_visual:
                 raise UserError(
                     f"the budget at layer {layer} is {budget} tokens, but there are {num_visual}",
@@ -290,9 +284,7 @@ def _integer(item: str, text: str) -> int:
     try:
         return int(item)
     except ValueError:
-        raise UserError(
-            f"{item!r} in {text!r} is not a layer number", hint=f"the form is {_GRAMMAR}"
-        ) from None
+        raise UserError(f"{item!r} in {text!r} is not a layer number", hint=f"the form is {_GRAMMAR}") from None
 
 
 def _amount(item: str, text: str) -> int | Fraction:
@@ -304,9 +296,7 @@ def _amount(item: str, text: str) -> int | Fraction:
     if "." not in item and "/" not in item:
         return int(value)
     if not 0 < value <= 1:
-        raise UserError(
-            f"the share {item} in {text!r} is not between 0 and 1", hint="write tokens without a point"
-        )
+        raise UserError(f"the share {item} in {text!r} is not between 0 and 1", hint="write tokens without a point")
     return value
 
 

@@ -34,6 +34,8 @@ from reroute.errors import UserError
 from reroute.manifest import Model
 
 FILE_NAME = "reference.npz"
+# Words of the probe before and after the image, and of the later turn.
+_BEFORE, _AFTER = 4, 20
 TURN_TOKENS = 7
 Arrays = dict[str, np.ndarray]
 
@@ -67,12 +69,17 @@ class Scenario:
         )
 
 
+def text_tokens(num_tokens: int) -> int:
+    """Text tokens that the probe runs in all: prompt, greedy tokens and the later turn; its last token is not run."""
+    return _BEFORE + _AFTER + num_tokens + TURN_TOKENS
+
+
 def probe(model: Model, *, num_tokens: int = 64, seed: int = 0) -> Scenario:
     """A seeded scenario for any model: an image of smooth colour blobs and random words around it."""
     rng = np.random.default_rng(seed)
     special = {model.tokens.image_token_id, *model.tokens.eos_token_ids}
     words = np.asarray([i for i in range(model.text.vocab_size) if i not in special], dtype=np.int64)
-    prompt = np.concatenate([rng.choice(words, 4), [model.tokens.image_token_id], rng.choice(words, 20)])
+    prompt = np.concatenate([rng.choice(words, _BEFORE), [model.tokens.image_token_id], rng.choice(words, _AFTER)])
     height, width = model.image.crop_height, model.image.crop_width
     coarse = rng.standard_normal((1, 3, 6, 6))
     rows, columns = np.arange(height) * 6 // height, np.arange(width) * 6 // width

@@ -1,0 +1,39 @@
+# Everything here works from a fresh clone, as root or as a user, without a GPU and, after the install, without a network.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+DEMO_ROUTING ?= reroute@2,7,15,23:avg=1/9
+
+.PHONY: demo test lint format types venv
+
+venv: $(STAMP)
+
+# Runs again when the requirements change. PIP_ARGS is for an index, for example
+# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" (see CONTRIBUTING.md).
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+		-c constraints.txt -e ".[export,build,dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/reroute export demo/model -o out/demo-export --routing "$(DEMO_ROUTING)" --force
+	$(BIN)/reroute build out/demo-export -o out/demo --force
+	$(BIN)/python -m reroute.demo.answer_demo out/demo --picture out/demo.png
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)
+	$(BIN)/pyright

@@ -1,0 +1,200 @@
+"""The command `reroute`: arguments in, exit code out. Nothing heavy is imported before a command runs.
+
+Exit codes: 0 ok, 1 failure, 2 usage, 3 a gate failed, 130 interrupted. Data goes to stdout, everything else
+to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from reroute import __version__
+from reroute.errors import EXIT_FAILURE, EXIT_OK, RerouteError, UserError
+from reroute.report import print_error
+
+_DESCRIPTION = "Recoverable visual-token routing inside deployed vision-language engines."
+_EXAMPLE = """\
+example:
+  reroute export CHECKPOINT -o out/export --routing reroute@2,7,15,23:avg=1/9
+  reroute build out/export -o out/bundle
+  reroute run out/bundle --image photo.jpg --prompt "what is on the table ?"
+"""
+_ROUTING_HELP = "dense, ACTION@LAYERS:keep=K,K,..., ACTION@LAYERS:avg=A[:shape=S], or published:NAME"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's error format and exit code."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        raise UserError(message, hint=f"see `{self.prog} --help`")
+
+
+class AppendTurn(argparse.Action):
+    """Keeps --prompt and --image in the order written, which says what image goes with which turn."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: Any = None,
+    ) -> None:
+        """Append (option, value)."""
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), (str(option_string).lstrip("-"), values)])
+
+
+def build_parser() -> Parser:
+    """All commands and their arguments."""
+    common = Parser(add_help=False)
+    common.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser = Parser(
+        prog="reroute",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"reroute {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, summary: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=summary, parents=[common], allow_abbrev=False)
+
+    _add_export(command("export", "Turn a checkpoint into graphs with the routing inside, or print the plan."))
+    _add_build(command("build", "Lower an export for an engine library and check it against the reference."))
+    _add_run(command("run", "Ask a bundle about images."))
+    _add_check(command("check", "Compare a bundle with the torch reference; exit 3 when a gate fails."))
+    inspect = command("inspect", "Say what a checkpoint, an export or a bundle is.")
+    inspect.add_argument("path", type=Path, metavar="PATH")
+    _json(inspect)
+    _json(command("doctor", "Say what this machine can do and what is missing."))
+    return parser
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Hugging Face checkpoint directory")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="not needed with --dry-run")
+    parser.add_argument("--routing", required=True, metavar="SPEC", help=_ROUTING_HELP)
+    parser.add_argument("--max-text", type=positive, default=512, help="text tokens of a whole dialogue (default 512)")
+    parser.add_argument("--max-images", type=positive, default=2, help="images of a whole dialogue (default 2)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument("--force", action="store_true", help="replace the output directory")
+    _json(parser)
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("export_dir", type=Path, metavar="DIR", help="made by `reroute export`")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: DIR with the backend's name added")
+    parser.add_argument("--backend", default="ort", help="engine library (default ort)")
+    parser.add_argument("--no-check", action="store_true", help="do not compare with the recorded reference")
+    parser.add_argument("--force", action="store_true", help="replace the output directory")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="made by `reroute build`")
+    parser.add_argument(
+        "--prompt",
+        dest="turns",
+        action=AppendTurn,
+        default=[],
+        metavar="TEXT",
+        help="repeat it for a dialogue",
+    )
+    parser.add_argument(
+        "--image",
+        dest="turns",
+        action=AppendTurn,
+        default=[],
+        metavar="FILE",
+        help="goes with the prompt before it; with the next one when it comes first",
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="of each answer (default 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=positive, default=None, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from this share of the probability only")
+    parser.add_argument("--seed", type=int, default=0, help="of the random draw (default 0)")
+    parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw where the last image's tokens ran")
+    parser.add_argument("--interactive", action="store_true", help="read turns from the terminal")
+    _json(parser)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="run the torch reference again from this")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="instead of the recorded input")
+    parser.add_argument("--prompt", metavar="TEXT", help="instead of the recorded input")
+    parser.add_argument("--tokens", type=positive, default=64, help="tokens to compare (default 64)")
+    _json(parser)
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    if args.command == "run":
+        from reroute.dialogue import run
+
+        return run(args)
+    from reroute import commands
+
+    return getattr(commands, args.command)(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; only argparse's --help and --version leave by SystemExit."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv
+    try:
+        code = _dispatch(build_parser().parse_args(argv))
+        sys.stdout.flush()
+        return code
+    except RerouteError as error:
+        if debug:
+            raise
+        print_error(error.message, error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader left (`reroute inspect DIR | head`). Python flushes stdout again on exit: give it a sink.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").split(".")[0] == "reroute":
+            raise
+        print_error(
+            f"this command needs {error.name}, which is not installed",
+            "`reroute doctor` says what to install",
+        )
+        return EXIT_FAILURE
+    except Exception as error:
+        if debug:
+            raise
+        print_error(f"{type(error).__name__}: {error}", "this is a defect; `--debug` shows the traceback")
+        return EXIT_FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

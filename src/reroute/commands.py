@@ -1,0 +1,218 @@
+"""What the commands do: each takes parsed arguments and returns an exit code. `run` is in `dialogue`.
+
+The stages are imported inside the command that needs them, so that `doctor` and `inspect` of a bundle work on
+a machine that has only the runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from reroute import report
+from reroute.cost import Plan, plan_for
+from reroute.errors import EXIT_FAILURE, EXIT_GATE, EXIT_OK, UserError
+from reroute.folders import check_output
+from reroute.manifest import FILE_NAME, Capacity, Manifest, Model
+from reroute.routing import RoutingSpec
+
+
+def export(args: argparse.Namespace) -> int:
+    """Print the plan; unless it is a dry run, write graphs, manifest and reference."""
+    output: Path | None = None if args.dry_run else args.output
+    if output is None and not args.dry_run:
+        raise UserError("export needs -o DIR", hint="or --dry-run, which writes nothing")
+    spec = RoutingSpec.parse(args.routing)
+    from reroute.export import check_capacity, export_checkpoint, read_model
+
+    if output is not None:
+        check_output(output, force=args.force)
+    capacity = Capacity(max_text=args.max_text, max_images=args.max_images)
+    model = read_model(args.checkpoint)
+    check_capacity(capacity, model)
+    plan = make_plan(model, spec, capacity)
+    result: dict[str, Any] = {"routing": spec.text, "plan": plan.to_dict()}
+    if not args.json:
+        report.print_plan(plan, spec.text, sys.stdout)
+        sys.stdout.flush()
+    if output is not None:
+        manifest = export_checkpoint(
+            args.checkpoint,
+            output,
+            routing=args.routing,
+            capacity=capacity,
+            force=args.force,
+            progress=progress,
+        )
+        result["manifest"] = json.loads(manifest.to_json())
+        progress(f"exported to {output} ({_folder_size(manifest)}); next: reroute build {output}")
+    if args.json:
+        print_json(result)
+    return EXIT_OK
+
+
+def build(args: argparse.Namespace) -> int:
+    """Lower an export to a bundle."""
+    _need_folder(args.export_dir, "export")
+    from reroute.engines import build as build_bundle
+
+    folder = args.export_dir.resolve()
+    output = args.output or folder.parent / f"{folder.name}-{args.backend}"
+    manifest = build_bundle(
+        args.export_dir,
+        output,
+        backend=args.backend,
+        check=not args.no_check,
+        force=args.force,
+        progress=progress,
+    )
+    progress(f"built {output} ({_folder_size(manifest)}), check: {_verdict(manifest)}")
+    progress(f"next: reroute run {output} --image FILE --prompt TEXT")
+    return EXIT_OK
+
+
+def check(args: argparse.Namespace) -> int:
+    """Compare a bundle with the reference."""
+    _need_folder(args.bundle, "bundle")
+    from reroute.check import check_bundle
+
+    result = check_bundle(
+        args.bundle, checkpoint=args.checkpoint, image=args.image, prompt=args.prompt, tokens=args.tokens
+    )
+    if args.json:
+        print_json(result.to_dict())
+    else:
+        report.print_check(result, sys.stdout)
+    return EXIT_OK if result.passed else EXIT_GATE
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Describe a checkpoint, an export or a bundle."""
+    _need_folder(args.path, "checkpoint, export or bundle")
+    if (args.path / FILE_NAME).is_file():
+        manifest = Manifest.load(args.path)
+        if args.json:
+            print_json(json.loads(manifest.to_json()))
+        else:
+            _print_manifest(manifest, args.path)
+        return EXIT_OK
+    if not (args.path / "config.json").is_file():
+        raise UserError(
+            f"{args.path} holds neither {FILE_NAME} nor config.json",
+            hint="give a checkpoint directory, an export or a bundle",
+        )
+    from reroute.export import read_model
+
+    model = read_model(args.path)
+    if args.json:
+        print_json({"kind": "checkpoint", "model": dataclasses.asdict(model)})
+    else:
+        report.print_pairs(_model_facts(model), sys.stdout, title=f"{args.path}: checkpoint")
+    return EXIT_OK
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say what this machine can do; 1 when the runtime is not usable."""
+    from reroute.doctor import diagnose
+
+    diagnosis = diagnose()
+    if args.json:
+        print_json(diagnosis.to_dict())
+    else:
+        out = sys.stdout
+        report.print_pairs(diagnosis.machine.items(), out, title="machine")
+        packages = [(name, version or "not installed") for name, version in diagnosis.packages.items()]
+        packages.append(("onnxruntime providers", ", ".join(diagnosis.providers) or "none"))
+        report.print_pairs(packages, out, title="packages")
+        usable = [
+            (f"reroute {u.command}", "usable" if u.ok else f"needs {', '.join(u.missing)}: {u.install}")
+            for u in diagnosis.commands
+        ]
+        report.print_pairs(usable, out, title="commands")
+        report.print_pairs([("-", line) for line in diagnosis.not_proven], out, title="not proven on the project's CI")
+    return EXIT_OK if diagnosis.runtime_usable else EXIT_FAILURE
+
+
+def make_plan(model: Model, spec: RoutingSpec, capacity: Capacity, dtype: str = "float32") -> Plan:
+    """The plan of one image and 64 text tokens, or as many as the capacity has."""
+    schedule = spec.resolve(num_layers=model.text.num_layers, num_visual=model.vision.tokens_per_image)
+    return plan_for(model, schedule, capacity, dtype=dtype, num_text=min(64, capacity.max_text))
+
+
+def progress(line: str) -> None:
+    """One line of log."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_manifest(manifest: Manifest, path: Path) -> None:
+    out = sys.stdout
+    sizes = zip(manifest.schedule.stages, manifest.cache_rows, strict=True)
+    facts = [
+        *_model_facts(manifest.model),
+        ("backend", manifest.backend),
+        ("dtype", manifest.dtype),
+        ("routing", manifest.routing),
+        ("visual tokens per layer", f"{manifest.average_visual_tokens:.1f} (measured average)"),
+        ("capacity", f"{manifest.capacity.max_text} text tokens, {manifest.capacity.max_images} images"),
+        ("check", _verdict(manifest)),
+    ]
+    report.print_pairs(facts, out, title=f"{path}: {manifest.kind}")
+    stages = [
+        (_layers(stage.start, stage.stop), "all" if stage.keep is None else stage.keep, rows) for stage, rows in sizes
+    ]
+    report.print_table(("layers", "visual kept", "cache rows"), stages, out, title="stages")
+    files = [(name, report.format_bytes(file.bytes), file.sha256[:12]) for name, file in manifest.files.items()]
+    report.print_table(("file", "size", "sha256"), files, out, title="files")
+    tensors = [
+        (part, way, tensor.name, tensor.dtype, "[" + ", ".join(map(str, tensor.shape)) + "]")
+        for part, graph in manifest.parts.items()
+        for way, tensors in (("in", graph.inputs), ("out", graph.outputs))
+        for tensor in tensors
+    ]
+    report.print_table(("part", "", "tensor", "dtype", "shape"), tensors, out, title="inputs and outputs", text=5)
+    report.print_pairs(manifest.versions.items(), out, title="made with")
+
+
+def _verdict(manifest: Manifest) -> str:
+    if manifest.check is None:
+        return "not checked"
+    return f"{'passed' if manifest.check.get('passed') else 'FAILED'} (reference: {manifest.check.get('reference')})"
+
+
+def _model_facts(model: Model) -> list[tuple[str, object]]:
+    text, vision = model.text, model.vision
+    millions = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in model.num_parameters.items())
+    return [
+        ("model", model.model_type),
+        (
+            "decoder",
+            f"{text.num_layers} layers, width {text.hidden_size}, heads {text.num_heads}/{text.num_kv_heads}",
+        ),
+        ("vision tower", f"{vision.num_layers} layers, {vision.image_size} px, patch {vision.patch_size}"),
+        ("visual tokens per image", f"{vision.tokens_per_image} ({vision.grid[0]} x {vision.grid[1]})"),
+        ("parameters", millions),
+        ("checkpoint sha256", model.checkpoint_sha256[:12]),
+    ]
+
+
+def _layers(start: int, stop: int) -> str:
+    return f"{start}-{stop - 1}" if stop > start else "none"
+
+
+def _folder_size(manifest: Manifest) -> str:
+    return report.format_bytes(sum(file.bytes for file in manifest.files.values()))
+
+
+def _need_folder(path: Path, what: str) -> None:
+    if not path.is_dir():
+        state = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{path} {state}", hint=f"give a folder: {what}")

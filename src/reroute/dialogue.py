@@ -1,0 +1,209 @@
+"""The command `reroute run`: one question, several (a dialogue), or turns from the terminal.
+
+Answers stream to stdout as they come; the table of times and memory goes to stderr when the dialogue ends.
+With `--json` nothing streams, and stdout gets one object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from reroute import report
+from reroute.commands import print_json
+from reroute.errors import EXIT_OK, RerouteError, UserError, nearest
+
+if TYPE_CHECKING:
+    from reroute.runtime import Answer, Sampling, Session
+
+_HELP = "/image PATH adds an image to the next question, /reset forgets the dialogue, /quit leaves"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A question and its new images."""
+
+    prompt: str
+    images: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A turn and its answer."""
+
+    turn: Turn
+    answer: Answer
+
+
+def run(args: argparse.Namespace) -> int:
+    """Open the bundle, ask, print, draw."""
+    turns = turns_of(args.turns)
+    if args.interactive and (turns or args.json):
+        raise UserError("--interactive reads its own turns", hint="leave --prompt, --image and --json away")
+    if not args.interactive and not turns:
+        raise UserError("nothing to ask", hint='give --prompt TEXT, for example --image scene.png --prompt "..."')
+    if args.picture is not None and not args.interactive and not any(turn.images for turn in turns):
+        raise UserError("--picture needs an image", hint="add --image FILE")
+    from reroute.runtime import Sampling, Session
+
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    start = time.perf_counter()
+    with Session.open(args.bundle, threads=args.threads) as session:
+        load_ms = (time.perf_counter() - start) * 1000
+        if args.interactive:
+            replies = interactive(session, sys.stdin, sampling, args.max_new_tokens)
+        else:
+            replies = [
+                Reply(turn=turn, answer=_ask(session, turn, sampling, args.max_new_tokens, echo=not args.json))
+                for turn in turns
+            ]
+        figures = memory(session)
+        if args.picture is not None:
+            save_picture(session, replies, args.picture)
+        if args.json:
+            print_json({"turns": [to_dict(reply) for reply in replies], "load_ms": load_ms, **figures})
+        elif replies:
+            print_times(replies, load_ms, figures)
+    return EXIT_OK
+
+
+def turns_of(items: Iterable[tuple[str, str]]) -> list[Turn]:
+    """Turns from --prompt and --image in the order written.
+
+    An image goes with the prompt before it; images in front of the first prompt go with that one. Raises
+    UserError for images without a prompt.
+    """
+    turns: list[Turn] = []
+    waiting: tuple[Path, ...] = ()
+    for kind, value in items:
+        if kind == "prompt":
+            turns.append(Turn(prompt=value, images=waiting))
+            waiting = ()
+        elif turns:
+            turns[-1] = Turn(prompt=turns[-1].prompt, images=(*turns[-1].images, Path(value)))
+        else:
+            waiting = (*waiting, Path(value))
+    if waiting:
+        raise UserError(f"the image {waiting[0]} has no question", hint="add --prompt TEXT")
+    return turns
+
+
+def interactive(session: Session, lines: TextIO, sampling: Sampling, max_new_tokens: int) -> list[Reply]:
+    """Read turns until the end of `lines` or /quit. What cannot be asked is reported, and it goes on."""
+    replies: list[Reply] = []
+    images: tuple[Path, ...] = ()
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
+        print(_HELP, file=sys.stderr)
+    while True:
+        print(prompt, end="", file=sys.stderr, flush=True)
+        line = lines.readline()
+        if not line:
+            return replies
+        line = line.strip()
+        try:
+            if line == "/quit":
+                return replies
+            if line == "/reset":
+                session.reset()
+                images = ()
+            elif line.startswith("/image "):
+                path = Path(line.removeprefix("/image ").strip()).expanduser()
+                if not path.is_file():
+                    raise UserError(f"there is no image {path}", hint="check the path")
+                images = (*images, path)
+            elif line.startswith("/"):
+                raise UserError(f"unknown command {line!r}", hint=nearest(line, ("/image", "/reset", "/quit")))
+            elif line:
+                turn = Turn(prompt=line, images=images)
+                answer = _ask(session, turn, sampling, max_new_tokens, echo=True)
+                replies.append(Reply(turn=turn, answer=answer))
+                images = ()
+        except RerouteError as error:
+            report.print_error(error.message, error.hint)
+
+
+def _ask(session: Session, turn: Turn, sampling: Sampling, max_new_tokens: int, *, echo: bool) -> Answer:
+    stream = session.stream(turn.prompt, list(turn.images), max_new_tokens=max_new_tokens, sampling=sampling)
+    for token in stream:
+        if echo:
+            print(token.text, end="", flush=True)
+    if echo:
+        print(flush=True)
+    return stream.answer
+
+
+def save_picture(session: Session, replies: list[Reply], path: Path) -> None:
+    """Draw where the tokens of the last image ran. Raises UserError for a format Pillow does not write."""
+    from reroute.runtime import route_picture
+
+    reply = next((reply for reply in reversed(replies) if reply.turn.images), None)
+    if reply is None:
+        return
+    last = len(reply.turn.images) - 1
+    picture = route_picture(reply.turn.images[last], reply.answer, session.manifest, image_index=last)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}", hint="a path that ends with .png") from error
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def memory(session: Session) -> dict[str, float]:
+    """Cache and process memory, in bytes."""
+    return {
+        "cache_bytes": session.cache_bytes,
+        "cache_bytes_used": session.cache_bytes_used,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process; 0 where Linux's /proc is missing."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+
+
+def to_dict(reply: Reply) -> dict[str, Any]:
+    """JSON form of a turn; routes as the number of visual tokens that ran in each routed stage."""
+    answer = reply.answer
+    return {
+        "prompt": reply.turn.prompt,
+        "images": [str(path) for path in reply.turn.images],
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "stop_reason": answer.stop_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "visual_tokens": answer.visual_tokens,
+        "routes": [len(route) for route in answer.routes],
+        "timings": asdict(answer.timings),
+    }
+
+
+def print_times(replies: list[Reply], load_ms: float, figures: dict[str, float]) -> None:
+    """Times and memory, on stderr."""
+    rows = []
+    for number, reply in enumerate(replies, start=1):
+        answer, timings = reply.answer, reply.answer.timings
+        step = f"{timings.decode_ms / timings.decode_tokens:.1f}" if timings.decode_tokens else "-"
+        prompt = f"{answer.visual_tokens} + {answer.prompt_tokens}"
+        times = (f"{ms:.1f}" for ms in (timings.image_ms, timings.vision_ms, timings.prefill_ms))
+        rows.append((number, prompt, *times, len(answer.token_ids), step, answer.stop_reason))
+    columns = ("turn", "visual + text", "image ms", "vision ms", "prefill ms", "tokens", "ms/token", "stop")
+    report.print_table(columns, rows, sys.stderr)
+    used, held = figures["cache_bytes_used"], figures["cache_bytes"]
+    facts = [
+        ("load", f"{load_ms:.0f} ms"),
+        ("KV cache", f"{report.format_bytes(used)} used of {report.format_bytes(held)}"),
+        ("peak memory of the process", report.format_bytes(figures["peak_rss_bytes"])),
+    ]
+    report.print_pairs(facts, sys.stderr)

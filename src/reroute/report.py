@@ -1,0 +1,175 @@
+"""What the command line prints: tables with rich, errors without it.
+
+Data goes to stdout, logs and errors to stderr. `NO_COLOR` is respected, and text that is not going to a
+terminal is plain and `WIDTH` columns wide whatever the terminal of the caller. rich is imported when a table
+is drawn.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from reroute.cost import Plan
+
+WIDTH = 120
+
+
+def console(stream: TextIO) -> Console:
+    """A rich console on `stream` that neither guesses at markup in data nor wraps to 80 columns in a pipe."""
+    from rich.console import Console
+
+    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH
+    return Console(file=stream, width=width, highlight=False, markup=False, soft_wrap=False)
+
+
+def format_bytes(count: float) -> str:
+    """`1536` is 1.5 KiB; binary units, three significant digits at most."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+
+
+def format_flops(count: float) -> str:
+    """`2.5e9` is 2.50 GFLOP; decimal units, floating-point operations and not a rate."""
+    value, unit = float(count), ""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if value < 1000 or unit == "P":
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}FLOP" if value < 100 else f"{value:.0f} {unit}FLOP"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, text: int = 1) -> Table:
+    """A plain table: the first `text` columns are words (left), the others numbers (right)."""
+    from rich import box
+    from rich.table import Table
+
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        grid.add_column(name, justify="left" if index < text else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*(str(cell) for cell in row))
+    return grid
+
+
+def pairs(values: Iterable[tuple[str, object]]) -> Table:
+    """A table of names and values without a header."""
+    from rich.table import Table
+
+    grid = Table(box=None, padding=(0, 2), show_header=False)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in values:
+        grid.add_row(name, str(value))
+    return grid
+
+
+def print_plan(plan: Plan, routing: str, stream: TextIO) -> None:
+    """The plan: one row a stage, then totals next to the dense model."""
+    rows = [
+        (
+            f"{stage.start}-{stage.stop - 1}" if stage.stop > stage.start else "none",
+            "all" if stage.budget is None else stage.budget,
+            stage.candidates if stage.budget is not None else "-",
+            stage.rows,
+            format_flops(stage.linear_flops),
+            format_flops(stage.attention_flops),
+            format_flops(stage.scoring_flops) if stage.budget is not None else "-",
+            format_bytes(stage.kv_bytes),
+        )
+        for stage in plan.stages
+    ]
+    out = console(stream)
+    columns = ("layers", "visual kept", "rows scored", "rows run", "linear", "attention", "scoring", "KV")
+    prompt = f"{plan.num_visual} visual + {plan.num_text} text tokens"
+    _title(out, f"plan for {routing}, one prompt of {prompt}")
+    out.print(table(columns, rows))
+    out.print(
+        pairs(
+            [
+                (
+                    "visual tokens per layer",
+                    f"{plan.average_visual_tokens:.1f} of {plan.num_visual} (measured average)",
+                ),
+                ("decoder prefill", _against(plan.decoder_flops, plan.dense_decoder_flops, format_flops)),
+                ("vision tower", f"{format_flops(plan.vision_flops)}, not reduced by routing"),
+                ("KV cache, this prompt", _against(plan.kv_bytes, plan.dense_kv_bytes, format_bytes)),
+                ("KV cache, full capacity", _against(plan.cache_bytes, plan.dense_cache_bytes, format_bytes)),
+                ("weights", format_bytes(plan.weight_bytes)),
+                ("peak memory, estimated", f"{format_bytes(plan.peak_bytes)} (weights + caches + workspace)"),
+            ]
+        )
+    )
+
+
+def print_check(report: Any, stream: TextIO) -> None:
+    """One row for every quantity that was compared, then the verdict."""
+    rows = [
+        (row.part, row.quantity, _number(row.measured), _number(row.gate), "ok" if row.passed else "FAILED")
+        for row in report.rows
+    ]
+    out = console(stream)
+    out.print(table(("part", "quantity", "measured", "gate", "result"), rows, text=5))
+    failed = sum(not row.passed for row in report.rows)
+    verdict = "check passed" if report.passed else f"check failed: {failed} of {len(rows)} rows"
+    out.print(f"{verdict} (reference: {report.reference})")
+
+
+def print_pairs(values: Iterable[tuple[str, object]], stream: TextIO, *, title: str = "") -> None:
+    """Print names and values, as the timing table of `reroute run`, and after a titled one a blank line."""
+    out = console(stream)
+    _title(out, title)
+    out.print(pairs(values), "", sep="\n" if title else "")
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    stream: TextIO,
+    *,
+    title: str = "",
+    text: int = 1,
+) -> None:
+    """Print a table; the first `text` columns are left-aligned."""
+    out = console(stream)
+    _title(out, title)
+    out.print(table(columns, rows, text=text))
+
+
+def print_error(message: str, hint: str = "", stream: TextIO | None = None) -> None:
+    """`error: ...`, and after a blank line `hint: ...`. Needs nothing but the standard library."""
+    out = sys.stderr if stream is None else stream
+    colour = out.isatty() and not os.environ.get("NO_COLOR")
+    red, cyan, end = ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") if colour else ("", "", "")
+    print(f"{red}error:{end} {one_line(message)}", file=out)
+    if hint:
+        print(f"\n{cyan}hint:{end} {one_line(hint)}", file=out)
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks: messages of other libraries have them."""
+    return " ".join(line.strip() for line in text.splitlines())
+
+
+def _against(value: int, dense: int, form: Any) -> str:
+    return f"{form(value)}, {value / dense:.3f} of the dense model's {form(dense)}"
+
+
+def _number(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _title(out: Console, title: str) -> None:
+    # Not rich's own table title, which wraps to the table's width and breaks paths.
+    if title:
+        out.print(title, style="bold", soft_wrap=True)
