@@ -44,10 +44,10 @@ class BatchSpec:
         return 17 * self.turns - 2
 
 
-def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def patch_labels(scene: Scene) -> tuple[np.ndarray, ...]:
     """Colour, shape (the last class is background), box and index (-1: none) of the object on each patch.
 
-    Shapes [576], [576], [576, 4] and [576].
+    Shapes [576], [576], [576, 4] and [576]; a fifth array [576] is 1 on the one patch at each object's centre.
     """
     fine = 4
     ids = Image.new("L", (GRID * fine, GRID * fine), 0)
@@ -65,7 +65,10 @@ def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     colour = np.array([COLOUR_NAMES.index(t.colour) for t in scene.objects] + [len(COLOURS)])
     shape = np.array([SHAPES.index(t.shape) for t in scene.objects] + [len(SHAPES)])
     box = np.array([t.box for t in scene.objects] + [(0, 0, 0, 0)])
-    return colour[owner], shape[owner], box[owner], owner
+    centre = np.zeros(GRID * GRID, np.int64)
+    for t in scene.objects:
+        centre[(t.box[1] + t.box[3]) * GRID // 200 * GRID + (t.box[0] + t.box[2]) * GRID // 200] = 1
+    return colour[owner], shape[owner], box[owner], owner, centre
 
 
 def pack(asked: list[Question], scene: Scene, turns: int, length: int) -> tuple[np.ndarray, ...]:
@@ -73,7 +76,8 @@ def pack(asked: list[Question], scene: Scene, turns: int, length: int) -> tuple[
     the colour and shape that a ``where`` or ``exists`` question names.
 
     Each is [slots, length] (the last [slots, length, 2]); the last three are -1 where the row's target is no answer,
-    or not one object's. The first turn's ``<s> USER: <image>`` is the shared prefix, so a slot starts with the question's first word.
+    or not one object's. The first turn's ``<s> USER: <image>`` is the shared prefix, so a slot starts with the
+    question's first word.
     """
     slots = len(asked) // turns
     ids = np.full((slots, length + 1), PAD, np.int64)
@@ -102,7 +106,7 @@ def pack(asked: list[Question], scene: Scene, turns: int, length: int) -> tuple[
 
 def make_batch(spec: BatchSpec, step: int) -> dict[str, np.ndarray]:
     """Batch number ``step``: pixels uint8 [B, 192, 192, 3], patch labels, packed questions, kept visual tokens."""
-    rows: dict[str, list[np.ndarray]] = {k: [] for k in ("pixels", "colour", "shape", "box", "owner", "keep")}
+    rows: dict[str, list[np.ndarray]] = {k: [] for k in ("pixels", "colour", "shape", "box", "owner", "centre", "keep")}
     packs = []
     for b in range(spec.images):
         rng = scene_rng("train", spec.seed, step * 4096 + spec.offset + b)
@@ -112,7 +116,7 @@ def make_batch(spec: BatchSpec, step: int) -> dict[str, np.ndarray]:
         picture = render(scene, size, supersample=1 if rng.random() < 0.8 else 2)
         picture = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
         rows["pixels"].append(np.asarray(picture))
-        for name, value in zip(("colour", "shape", "box", "owner"), patch_labels(scene), strict=True):
+        for name, value in zip(("colour", "shape", "box", "owner", "centre"), patch_labels(scene), strict=True):
             rows[name].append(value)
         kept = rng.permutation(GRID * GRID)[: spec.keep] if spec.keep < GRID * GRID else np.arange(GRID * GRID)
         rows["keep"].append(np.sort(kept))

@@ -28,14 +28,14 @@ def parse_box(text: str) -> tuple[int, ...] | None:
     return tuple(map(int, words)) if len(words) == 4 and all(w.isdigit() for w in words) else None
 
 
-def one_of_each(scene, rng: np.random.Generator) -> list[Question]:  # noqa: ANN001
+def one_of_each(scene, rng: np.random.Generator) -> list[Question]:
     """One question of every one-word kind that the scene allows."""
     asked = (questions(scene, rng, 1, (kind,))[0] for kind in KINDS[1:])
     return [q for q in asked if q.kind != "where"]
 
 
 @torch.no_grad()
-def answer(model, processor, image: Image.Image, asked: list[Question], limit: int = 6) -> list[str]:  # noqa: ANN001
+def answer(model, processor, image: Image.Image, asked: list[Question], limit: int = 6) -> list[str]:
     """Greedy answers to single-turn questions about one image.
 
     What the prompts have in common (``<s> USER:`` and the image) runs once and its cache is shared; questions of

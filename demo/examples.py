@@ -20,9 +20,7 @@ def main(folder: Path = Path(__file__).parent / "images") -> None:
         scene = Scene(scene.objects, noise_seed=scene.noise_seed)  # clean background
         name = f"scene{number}.png"
         render(scene, 384).save(folder / name, optimize=True)
-        asked = [
-            {"object": t.name, "question": f"where is the {t.name} ?", "box": list(t.box)} for t in scene.objects
-        ]
+        asked = [{"object": t.name, "question": f"where is the {t.name} ?", "box": list(t.box)} for t in scene.objects]
         listing.append({"image": name, "heldout_index": index, "objects": asked})
     (folder / "scenes.json").write_text(json.dumps(listing, indent=1) + "\n")
 

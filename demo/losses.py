@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as fn
 from torch import Tensor, nn
 
 from .model import HIDDEN
@@ -14,6 +14,7 @@ from .scenes import COLOUR_NAMES, SHAPES
 from .tokenizer import NUMBER_0, VOCAB_SIZE, encode_words
 
 BACKGROUND_WORD = 7  # a reserved word whose embedding stands for "no object here"
+CENTRE_WORD = 8  # and one for "the centre of an object is here"
 SIGMA = 1.0
 
 
@@ -29,6 +30,7 @@ class Auxiliary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.maps = nn.Linear(HIDDEN, 4 * HIDDEN)
+        self.centre_bias = nn.Parameter(torch.tensor(-2.0))
         self.register_buffer("soft", soft_numbers(), persistent=False)
         colour = [encode_words(c)[0] for c in COLOUR_NAMES]
         shape = [encode_words(s)[0] for s in SHAPES]
@@ -51,32 +53,35 @@ class Auxiliary(nn.Module):
         for name, ids in (("colour", self.colour_ids), ("shape", self.shape_ids)):
             logits = 0.25 * flat @ embed[ids].float().T
             target = batch[name].flatten()
-            loss = F.cross_entropy(logits, target, reduction="none")
+            loss = fn.cross_entropy(logits, target, reduction="none")
             words = words + (loss * weight).sum() / weight.sum()
             report[f"aux_{name}"] = ((logits.argmax(-1) == target) & on).sum() / on.sum()
         codes = self.maps(visual).float().view(-1, 4, HIDDEN)
         logits = codes @ head[NUMBER_0 : NUMBER_0 + 100].float().T
         box = batch["box"].flatten(0, 1)
-        soft = -(self.soft[box] * F.log_softmax(logits, -1)).sum(-1).mean(-1)
+        soft = -(self.soft[box] * fn.log_softmax(logits, -1)).sum(-1).mean(-1)
         boxes = (soft * on).sum() / on.sum()
         error = (logits.detach().argmax(-1) - box).abs().float().mean(-1)
         report["aux_box_error"] = (error * on).sum() / on.sum()
-        return words + boxes, report
+        # One patch per object stands for it, so that objects can be counted and not only areas.
+        middle = 0.25 * flat @ embed[CENTRE_WORD].float() + self.centre_bias
+        centre = batch["centre"].flatten().float()
+        middles = fn.binary_cross_entropy_with_logits(middle, centre, pos_weight=middle.new_tensor(10.0))
+        report["aux_centre"] = ((middle > 0) & (centre > 0)).sum() / ((middle > 0) | (centre > 0)).sum()
+        return words + boxes + 2 * middles, report
 
 
-def answer_loss(
-    logits: Tensor, targets: Tensor, kinds: Tensor, soft: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+def answer_loss(logits: Tensor, targets: Tensor, kinds: Tensor, soft: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy over the answer rows of [B, Q, T, V] logits; coordinates have soft targets.
 
     Rows whose kind is -1 are prompts or padding. One-word answers weigh twice: they have one telling token, a box
     has four. A box's first coordinate weighs three times: only that row must find the object from the question, the
     later ones can know it from the coordinates before them.
     """
-    before = F.pad(kinds, (1, 0), value=-1)[..., :-1]
+    before = fn.pad(kinds, (1, 0), value=-1)[..., :-1]
     first = ((kinds == KINDS.index("where")) & (before < 0)).flatten()
     logits, targets, kinds = logits.float().flatten(0, 2), targets.flatten(), kinds.flatten()
-    logp = F.log_softmax(logits, -1)
+    logp = fn.log_softmax(logits, -1)
     hard = -logp.gather(1, targets[:, None])[:, 0]
     number = (targets >= NUMBER_0) & (targets < NUMBER_0 + 100)
     coordinate = number & (kinds == KINDS.index("where"))
@@ -115,10 +120,10 @@ def gathering(rows: Tensor, colour: Tensor, shape: Tensor, first: Tensor, embed:
 
     ``colour`` and ``shape`` [B, rows] are -1 where the question does not name one.
     """
-    rows = F.rms_norm(rows.float(), rows.shape[-1:])
+    rows = fn.rms_norm(rows.float(), rows.shape[-1:])
     loss = 0.0
     for target, ids in ((colour, aux.colour_ids[:-1]), (shape, aux.shape_ids[:-1])):
         use = first & (target >= 0)
         logits = 0.25 * rows[use] @ embed[ids].float().T
-        loss = loss + F.cross_entropy(logits, target[use], reduction="sum") / use.sum().clamp(min=1)
+        loss = loss + fn.cross_entropy(logits, target[use], reduction="sum") / use.sum().clamp(min=1)
     return loss

@@ -8,7 +8,7 @@ have alone in the transformers model (``tests/demo`` holds the comparison), at a
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as fn
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -23,12 +23,12 @@ def clip_layer(x: Tensor, w: tuple[Tensor, ...], heads: int) -> Tensor:
     """One CLIP encoder layer on [B, N, D]; ``w`` in the order of ``clip_weights``."""
     (n1w, n1b, qw, qb, kw, kb, vw, vb, ow, ob, n2w, n2b, f1w, f1b, f2w, f2b) = w
     b, n, d = x.shape
-    h = F.layer_norm(x, (d,), n1w, n1b, 1e-5)
-    q, k, v = (F.linear(h, a, c).view(b, n, heads, -1).transpose(1, 2) for a, c in ((qw, qb), (kw, kb), (vw, vb)))
+    h = fn.layer_norm(x, (d,), n1w, n1b, 1e-5)
+    q, k, v = (fn.linear(h, a, c).view(b, n, heads, -1).transpose(1, 2) for a, c in ((qw, qb), (kw, kb), (vw, vb)))
     a = attend(q, [(k, v, None)])
-    x = x + F.linear(a.transpose(1, 2).reshape(b, n, d), ow, ob)
-    h = F.linear(F.layer_norm(x, (d,), n2w, n2b, 1e-5), f1w, f1b)
-    return x + F.linear(h * torch.sigmoid(1.702 * h), f2w, f2b)
+    x = x + fn.linear(a.transpose(1, 2).reshape(b, n, d), ow, ob)
+    h = fn.linear(fn.layer_norm(x, (d,), n2w, n2b, 1e-5), f1w, f1b)
+    return x + fn.linear(h * torch.sigmoid(1.702 * h), f2w, f2b)
 
 
 def clip_weights(layer: nn.Module) -> tuple[Tensor, ...]:
@@ -88,11 +88,11 @@ def llama_layer(
     n1, qw, kw, vw, ow, n2, gate, up, down = w
     b, s, _ = x.shape
     h = rms(x, n1)
-    k = rotate(F.linear(h, kw).view(b, s, -1, dim).transpose(1, 2), cos, sin)
-    v = F.linear(h, vw).view(b, s, -1, dim).transpose(1, 2)
+    k = rotate(fn.linear(h, kw).view(b, s, -1, dim).transpose(1, 2), cos, sin)
+    v = fn.linear(h, vw).view(b, s, -1, dim).transpose(1, 2)
     if last:
         h, x, cos, sin = h[:, prefix:], x[:, prefix:], cos[:, :, prefix:], sin[:, :, prefix:]
-    q = rotate(F.linear(h, qw).view(b, h.shape[1], -1, dim).transpose(1, 2), cos, sin)
+    q = rotate(fn.linear(h, qw).view(b, h.shape[1], -1, dim).transpose(1, 2), cos, sin)
     q, k = q.to(v.dtype), k.to(v.dtype)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -109,9 +109,9 @@ def llama_layer(
     own = (own_k, own_v, causal(length, length, q))
     pieces.append(attend(q[:, :, split:], [(front_k, front_v, None), own]))
     a = torch.cat(pieces, 2)
-    x = x + F.linear(a.transpose(1, 2).reshape(b, x.shape[1], -1), ow)
+    x = x + fn.linear(a.transpose(1, 2).reshape(b, x.shape[1], -1), ow)
     h = rms(x, n2)
-    return x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
+    return x + fn.linear(fn.silu(fn.linear(h, gate)) * fn.linear(h, up), down)
 
 
 def looked_at(
@@ -125,8 +125,8 @@ def looked_at(
     n1, qw, kw = w[:3]
     b, rows = x.shape[0], x.shape[1] - prefix
     h = rms(x, n1)
-    k = F.linear(h[:, :prefix], kw).view(b, prefix, -1, dim).transpose(1, 2)
-    q = F.linear(h[:, prefix:], qw).view(b, rows, -1, dim).transpose(1, 2)
+    k = fn.linear(h[:, :prefix], kw).view(b, prefix, -1, dim).transpose(1, 2)
+    q = fn.linear(h[:, prefix:], qw).view(b, rows, -1, dim).transpose(1, 2)
     k, q = rotate(k, cos[:, :, :prefix], sin[:, :, :prefix]), rotate(q, cos[:, :, prefix:], sin[:, :, prefix:])
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     p = torch.softmax((q.bfloat16() @ k.bfloat16().transpose(-1, -2)).float() * dim**-0.5, -1)
@@ -164,10 +164,10 @@ class Packed:
         b, c, side, _ = x.shape
         g = side // p
         x = x.reshape(b, c, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, c * p * p)
-        x = F.linear(x, e.patch_embedding.weight.flatten(1))
+        x = fn.linear(x, e.patch_embedding.weight.flatten(1))
         x = torch.cat((e.class_embedding.to(x.dtype).expand(b, 1, -1), x), 1) + e.position_embedding.weight
         n = tower.pre_layrnorm
-        x = F.layer_norm(x.float(), x.shape[-1:], n.weight, n.bias, n.eps)
+        x = fn.layer_norm(x.float(), x.shape[-1:], n.weight, n.bias, n.eps)
         for layer in tower.encoder.layers[:-1]:
             x = self.clip_layer(x, clip_weights(layer), layer.self_attn.num_heads)
         return x[:, 1:]
@@ -175,7 +175,7 @@ class Packed:
     def project(self, x: Tensor) -> Tensor:
         """The multimodal projector, [B, N, D]."""
         p = self.model.model.multi_modal_projector
-        return F.linear(F.gelu(F.linear(x, p.linear_1.weight, p.linear_1.bias)), p.linear_2.weight, p.linear_2.bias)
+        return fn.linear(fn.gelu(fn.linear(x, p.linear_1.weight, p.linear_1.bias)), p.linear_2.weight, p.linear_2.bias)
 
     def answers(
         self, visual: Tensor, keep: Tensor, ids: Tensor, watch: tuple[int, ...] = (), own: Tensor | None = None
@@ -200,7 +200,7 @@ class Packed:
                 mass = self.looked_at(x, llama_weights(layer), cos, sin, prefix, length, dim, own)
                 watched.append((mass, x[:, prefix:]))
             x = self.llama_layer(x, llama_weights(layer), cos, sin, prefix, length, dim, final)
-        logits = F.linear(rms(x, lm.norm.weight), self.model.lm_head.weight)
+        logits = fn.linear(rms(x, lm.norm.weight), self.model.lm_head.weight)
         return logits.view(b, count, length, -1), watched
 
     @staticmethod

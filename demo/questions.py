@@ -7,7 +7,7 @@ import numpy as np
 from .scenes import COLOUR_NAMES, PLURALS, SHAPES, Question, Scene, Thing
 
 KINDS: tuple[str, ...] = ("where", "exists", "colour", "count", "left")
-WEIGHTS: tuple[float, ...] = (0.5, 0.14, 0.1, 0.13, 0.13)
+WEIGHTS: tuple[float, ...] = (0.36, 0.16, 0.08, 0.22, 0.18)
 
 
 def _article(colour: str) -> str:

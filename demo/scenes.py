@@ -127,9 +127,12 @@ def _outline(shape: str, box: tuple[float, float, float, float]) -> list[tuple[f
     else:  # star: five points, stretched to fill its box
         radius = [1.0 if i % 2 == 0 else 0.42 for i in range(10)]
         raw = [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radius)]
-        (lx, ly), (hx, hy) = (min(p[0] for p in raw), min(p[1] for p in raw)), (
-            max(p[0] for p in raw),
-            max(p[1] for p in raw),
+        (lx, ly), (hx, hy) = (
+            (min(p[0] for p in raw), min(p[1] for p in raw)),
+            (
+                max(p[0] for p in raw),
+                max(p[1] for p in raw),
+            ),
         )
         unit = [((x - lx) / (hx - lx), (y - ly) / (hy - ly)) for x, y in raw]
     return [(x1 + u * (x2 - x1), y1 + v * (y2 - y1)) for u, v in unit]

@@ -11,9 +11,7 @@ SPECIAL: tuple[str, ...] = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 PAD, BOS, EOS, UNK, IMAGE = range(5)
 NUMBER_0 = 16  # token id of "0"; number n has id NUMBER_0 + n
 VOCAB_SIZE = 176
-_WORDS = (
-    "where is the there a an what color how many objects are which further left right or of yes no ? , . and object"
-).split()
+_TEXT = "where is the there a an what color how many objects are which further left right or of yes no ? , . and object"
 
 
 def vocabulary() -> dict[str, int]:
@@ -21,10 +19,11 @@ def vocabulary() -> dict[str, int]:
     words = [*SPECIAL, "user:", "assistant:"]
     words += [f"<reserved_{i}>" for i in range(NUMBER_0 - len(words))]
     words += [str(n) for n in range(100)]
-    words += [*COLOUR_NAMES, *SHAPES, *PLURALS.values(), *_WORDS]
+    words += [*COLOUR_NAMES, *SHAPES, *PLURALS.values(), *_TEXT.split(" ")]
     words += [f"<reserved_{i}>" for i in range(100, 100 + VOCAB_SIZE - len(words))]
     vocab = {w: i for i, w in enumerate(words)}
-    assert len(vocab) == VOCAB_SIZE and vocab["0"] == NUMBER_0
+    assert len(vocab) == VOCAB_SIZE
+    assert vocab["0"] == NUMBER_0
     return vocab
 
 
@@ -36,9 +35,7 @@ def build_tokenizer() -> Tokenizer:
     tok.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?,.]"), behavior="isolated")]
     )
-    tok.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
-    )
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
     # No decoder: the library then joins words with single spaces, which is how answers are written.
     return tok
 

@@ -16,10 +16,11 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+import torch.nn.functional as fn
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -39,6 +40,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--name", default="", help="name of this stage's checkpoint, if not the stage's own")
     p.add_argument("--layers", type=int, default=8, help="decoder layers of this stage")
     p.add_argument("--spread", default="", help="deep: where the shallow layers go, e.g. 0,1,2,7,11,15,19,23")
+    p.add_argument("--like", type=int, default=-1, help="deep: later new layers start from this shallow layer")
     p.add_argument("--steps", type=int, default=10**9, help="end after this many steps")
     p.add_argument("--minutes", type=float, default=1e9, help="end after this many minutes, whichever is first")
     p.add_argument("--lr", type=float, default=2e-3)
@@ -64,8 +66,12 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def grow(model: LlavaForConditionalGeneration, layers: int, spread: list[int]) -> LlavaForConditionalGeneration:
-    """Put the decoder's layers at the places ``spread`` of a deeper one; the new layers start as the identity."""
+def grow(model: LlavaForConditionalGeneration, layers: int, spread: list[int], like: int = -1) -> nn.Module:
+    """Put the decoder's layers at the places ``spread`` of a deeper one; the new layers start as the identity.
+
+    A new layer takes all but its two output matrices, which are zero, from the shallow layer before it, or from
+    shallow layer ``like`` where it comes after that one.
+    """
     deep = build_model(layers=layers, tower_layers=len(model.model.vision_tower.encoder.layers) - 1)
     old = model.model.language_model.layers
     state = {k: v for k, v in model.state_dict().items() if "language_model.layers." not in k}
@@ -74,8 +80,8 @@ def grow(model: LlavaForConditionalGeneration, layers: int, spread: list[int]) -
         if i in spread:
             layer.load_state_dict(old[spread.index(i)].state_dict())
         else:
-            # The nearest earlier layer's weights are a better start than noise for all but the two outputs.
-            layer.load_state_dict(old[max(sum(s < i for s in spread) - 1, 0)].state_dict())
+            before = max(sum(place < i for place in spread) - 1, 0)
+            layer.load_state_dict(old[min(before, like) if like >= 0 else before].state_dict())
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
     return deep
@@ -115,10 +121,10 @@ class Trainer:
             start = torch.load(args.run / f"{args.init}.pt", map_location="cpu")
             self.model = build_model(start["layers"], seed=args.seed)
             self.model.load_state_dict(start["model"])
-            self.aux.load_state_dict(start["aux"])
+            self.aux.load_state_dict(start["aux"], strict=False)
             if args.layers != start["layers"]:
                 spread = [int(v) for v in args.spread.split(",")]
-                self.model = grow(self.model, args.layers, spread)
+                self.model = grow(self.model, args.layers, spread, args.like)
         else:
             self.model = build_model(args.layers, seed=args.seed)
         self.model.to(args.device).train()
@@ -166,7 +172,7 @@ class Trainer:
                 features = self.packed.features(batch["pixels"])
             visual = self.packed.project(features)
             part = slice(0, None if a.stage == "tower" or a.train_tower else max(a.images // 4, 1))
-            labels = {k: batch[k][part] for k in ("colour", "shape", "box")}
+            labels = {k: batch[k][part] for k in ("colour", "shape", "box", "centre")}
             loss, report = self.aux(visual[part], labels, model.get_input_embeddings().weight, model.lm_head.weight)
             report["aux"] = loss.detach()
             if a.stage != "tower":
@@ -177,7 +183,7 @@ class Trainer:
                 answers, more = answer_loss(logits, batch["targets"], batch["kinds"], self.aux.soft)
                 loss = answers + a.aux * loss
                 report |= more | {"answer": answers.detach()}
-                first = (batch["kinds"] >= 0) & (F.pad(batch["kinds"], (1, 0), value=-1)[..., :-1] < 0)
+                first = (batch["kinds"] >= 0) & (fn.pad(batch["kinds"], (1, 0), value=-1)[..., :-1] < 0)
                 first = first.flatten(1)
                 for n, (i, (mass, rows)) in enumerate(zip(watch, seen, strict=True)):
                     guided, report[f"look_{i}"] = guidance(mass, own, first)
@@ -220,7 +226,7 @@ class Trainer:
         spec = BatchSpec(a.seed, a.images, a.low, a.high, slots, a.turns, a.keep, a.grow, self.rank * a.images)
         batches = Batches(spec, self.step)
         validation = None if a.stage == "tower" or self.rank else Validation(a.seed, a.device)
-        log = (a.run / f"{self.name}.jsonl").open("a") if self.rank == 0 else open(os.devnull, "w")
+        log = Path(os.devnull if self.rank else a.run / f"{self.name}.jsonl").open("a")  # noqa: SIM115
         sums: dict[str, float] = {}
         count, last, checked = 0, *[self.agreed(time.time())] * 2
         while self.step < a.steps and self.spent < a.minutes * 60:
@@ -242,7 +248,7 @@ class Trainer:
         self.check(validation, log)
         batches.close()
 
-    def check(self, validation: Validation | None, log) -> None:  # noqa: ANN001
+    def check(self, validation: Validation | None, log: TextIO) -> None:
         """Store the checkpoint, validate, export; the first process does it for all."""
         if self.rank:
             return

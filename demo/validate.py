@@ -46,6 +46,7 @@ class Validation:
         for b in range(0, len(self.ids), 8):
             ids = self.ids[b : b + 8].to(self.device)
             with torch.autocast(self.device.split(":")[0], torch.bfloat16):
+                first = ids
                 visual = packed.visual(self.pixels[b : b + 8].to(self.device))
                 for turn in range(4):
                     # Later passes only extend the boxes: the one-word answers are read off the first.

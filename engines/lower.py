@@ -30,6 +30,9 @@ def lower(model: onnx.ModelProto, dialect_name: str) -> onnx.ModelProto:
     kept = [entry for entry in lowered.opset_import if entry.domain != DOMAIN]
     del lowered.opset_import[:]
     lowered.opset_import.extend(kept)
+    for entry in lowered.opset_import:
+        if entry.domain == "" and dialect.opset is not None:
+            entry.version = dialect.opset
     if left := sorted({node.op_type for node in lowered.graph.node if node.domain == DOMAIN}):
         raise RerouteError(f"not lowered: {', '.join(left)}", hint="this is a defect of the dialect: report it")
     return lowered

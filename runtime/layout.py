@@ -121,6 +121,39 @@ def lay_out(
     )
 
 
+def stack(layouts: Sequence[Layout], visual_embeds: np.ndarray, rotary: Rotary, start: int) -> StepInputs:
+    """The inputs of several prompts as one batch, one prompt a row.
+
+    Args:
+        layouts: B prompts of one shape. The decoder has no padding: slots and positions are the batch's.
+        visual_embeds: float [B, N, D], the encoded images of each prompt.
+        rotary: table of the model.
+        start: position of the first token, the same for all.
+
+    Raises:
+        UserError: prompts of different lengths, or with images at different places, which only padding would align.
+    """
+    first = layouts[0]
+    for layout in layouts[1:]:
+        lengths = [f"{place.num_text} text and {place.num_visual} visual tokens" for place in (first, layout)]
+        if lengths[0] != lengths[1] or not np.array_equal(layout.text_slots, first.text_slots):
+            equal = lengths[0] == lengths[1]
+            what = "have their images at different places" if equal else f"have {', and '.join(lengths)}"
+            raise UserError(
+                f"two prompts of a batch {what}: one batch would need padding, which is not supported",
+                hint="run them one after the other, or put prompts of equal length and layout into one batch",
+            )
+    cos, sin = rotary.rows(start, first.num_text + first.num_visual)
+    return StepInputs(
+        input_ids=np.stack([layout.input_ids for layout in layouts]),
+        visual_embeds=visual_embeds,
+        text_slots=first.text_slots,
+        visual_slots=first.visual_slots,
+        rope_cos=cos,
+        rope_sin=sin,
+    )
+
+
 def rows_added(schedule: Schedule, *, num_text: int, num_visual: int) -> np.ndarray:
     """Cache rows that a step adds per stage, int64 [stages]: T + N in stage 0, T + min(K_s, N) in s."""
     return np.asarray([num_text + stage.visual_rows(num_visual) for stage in schedule.stages], dtype=np.int64)

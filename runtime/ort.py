@@ -83,12 +83,23 @@ class OrtBackend:
         return embeds
 
     def step(self, inputs: StepInputs) -> StepOutputs:
-        """Run the decoder and append to the caches; `lengths` advance only when the run succeeded."""
+        """Run the decoder and append to the caches; `lengths` advance only when the run succeeded.
+
+        Raises:
+            UserError: a later prompt of several tokens in a batch, which ONNX Runtime does not run.
+            ValueError: the step needs more cache rows than are left.
+        """
         num_text, num_visual = len(inputs.text_slots), len(inputs.visual_slots)
         schedule = self._manifest.schedule
         kv_len = self._lengths + rows_added(schedule, num_text=num_text, num_visual=num_visual)
         if (kv_len > self._capacity).any():
             raise ValueError(f"the step needs {kv_len.tolist()} cache rows of {self._capacity.tolist()}")
+        if self._options.batch > 1 and num_text + num_visual > 1 and self._lengths.any():
+            raise UserError(
+                f"a later prompt cannot run in a batch of {self._options.batch}: ONNX Runtime's attention takes "
+                "several new rows over a filled cache for one prompt only",
+                hint="reset first, decode token by token, or run the dialogues one after the other with batch=1",
+            )
         self._kv_len[:] = kv_len
         if num_text == 1 and num_visual == 0:
             self._token.input_ids[:] = inputs.input_ids

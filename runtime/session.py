@@ -169,6 +169,12 @@ class Session:
         model = self.manifest.model
         if not prompt.strip() and not images:
             raise UserError("the prompt is empty", hint="ask a question")
+        if broken := [character for character in prompt if "\ud800" <= character <= "\udfff"]:
+            # What Python makes of bytes on the command line that are not UTF-8; tokenizers do not take it.
+            raise UserError(
+                f"the prompt is not valid UTF-8: it holds U+{ord(broken[0]):04X}",
+                hint="set terminal and shell to UTF-8",
+            )
         start = time.perf_counter()
         pixels = [preprocess(open_image(image), model.image) for image in images]
         image_ms = _ms_since(start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -28,7 +29,7 @@ class TinyLlava:
     tied: bool = False
     attention_bias: bool = False
     feature_layer: int | tuple[int, ...] = -2
-    strategy: str = "default"
+    strategy: Literal["default", "full"] = "default"
     seed: int = 0
     max_shard_size: str = "5GB"
 

@@ -20,13 +20,17 @@ class Dialect:
     Attributes:
         bodies: op name to function text; ops that are absent keep their standard body.
         opsets: domains besides the default one, with versions.
+        opset: version of the default domain to stamp the lowered graph with; None keeps the neutral graph's. The
+            checker then holds every node to that version.
     """
 
     bodies: dict[str, str] = field(default_factory=dict)
     opsets: dict[str, int] = field(default_factory=dict)
+    opset: int | None = None
 
 
 DIALECTS: dict[str, Dialect] = {
     "standard": Dialect(),
-    "ort": Dialect(bodies=ort.BODIES, opsets={"com.microsoft": 1}),
+    # ONNX Runtime 1.23, the last for Python 3.10 (JetPack 6), knows opset 23; only TensorScatter needs 24.
+    "ort": Dialect(bodies=ort.BODIES, opsets={"com.microsoft": 1}, opset=23),
 }

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("nothing to ask", hint='give --prompt TEXT, for example --image scene.png --prompt "..."')
     if args.picture is not None and not args.interactive and not any(turn.images for turn in turns):
         raise UserError("--picture needs an image", hint="add --image FILE")
+    if args.picture is not None:
+        check_picture(args.picture)
     from reroute.runtime import Sampling, Session
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
@@ -136,6 +138,21 @@ def _ask(session: Session, turn: Turn, sampling: Sampling, max_new_tokens: int, 
     if echo:
         print(flush=True)
     return stream.answer
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a path that no picture can be written to, before anything is asked. Raises UserError."""
+    from PIL import Image
+
+    Image.init()
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    problem = ""
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        problem = f"{path.suffix!r} is not an image format that Pillow writes"
+    elif path.is_dir() or not parent.is_dir():
+        problem = f"{path if path.is_dir() else parent} is {'a' if path.is_dir() else 'not a'} folder"
+    if problem:
+        raise UserError(f"cannot write {path}: {problem}", hint="give a path that ends with .png")
 
 
 def save_picture(session: Session, replies: list[Reply], path: Path) -> None:

@@ -1,7 +1,7 @@
 """A scenario: the fixed steps that a reference and an engine are both driven through, and what is compared after.
 
-Steps: a prompt with one image, greedy decoding, a later turn of text alone, and greedy decoding again. Recorded as plain
-numpy arrays by name, so that a reference travels with an export as one `.npz` file and is read without torch.
+Steps: a prompt with one image, greedy decoding, and a later turn of text alone. Recorded as plain numpy arrays by name,
+so that a reference travels with an export as one `.npz` file and is read without torch.
 
 | name | dtype, shape | meaning |
 |---|---|---|

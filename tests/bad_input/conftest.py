@@ -37,7 +37,7 @@ Refused = Callable[..., Refusal]
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run a command that must be refused: `refused("export", ..., says=["two", "36"], code=2)`.
+    """Run a command that must be refused: `refused("export", folder, says=["two", "36"], code=2)`.
 
     Asserts the exit code, the form of stderr, every word of `says` in it, and that nothing below tmp_path changed.
     """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from reroute import cli
+from reroute.manifest import Part
 from tests.bad_input import damage as d
 from tests.bad_input.conftest import Refused, tree
 from tests.conftest import TINY_ROUTING
@@ -48,7 +49,10 @@ UNSUPPORTED = {
         d.config("text_config.rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ["partial rotary factor 0.5"],
     ),
-    "feature strategy": (d.config("vision_feature_select_strategy", "cls"), ["'cls'", "default, full"]),
+    "feature strategy": (
+        d.config("vision_feature_select_strategy", "cls"),
+        ["vision_feature_select_strategy", "default", "full", "cls"],
+    ),
     "feature layer": (d.config("vision_feature_layer", -9), ["vision_feature_layer -9", "3 layers"]),
     "quantized weights": (d.config("quantization_config", {"quant_method": "awq"}), ["awq", "float"]),
     "integer tensor": (
@@ -105,17 +109,16 @@ DAMAGED = {
     "damaged tokenizer": (d.truncate("tokenizer.json"), ["cannot read tokenizer.json"]),
     "another tokenizer": (d.config("image_token_index", 170_000), ["no token 170000", "do not match"]),
     "no chat template": (d.remove("chat_template.jinja"), ["holds no chat template", "chat_template.jinja"]),
-    "bad chat template": (d.text("chat_template.jinja", "{% for m in %}"), ["chat template", "does not compile"]),
+    "no end token": (
+        d.then(d.config("text_config.eos_token_id", None), d.remove("generation_config.json")),
+        ["names an end token", "eos_token_id"],
+    ),
 }
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
-    [
-        pytest.param(*case, id=name)
-        for table in (NOT_CHECKPOINTS, UNSUPPORTED, DAMAGED)
-        for name, case in table.items()
-    ],
+    [pytest.param(*case, id=name) for table in (NOT_CHECKPOINTS, UNSUPPORTED, DAMAGED) for name, case in table.items()],
 )
 def test_checkpoint(damage: d.Damage, says: list[str], checkpoint: Path, refused: Refused) -> None:
     damage(checkpoint)
@@ -161,7 +164,7 @@ def test_pickle_is_refused_and_not_read(name: str, checkpoint: Path, tmp_path: P
     [
         pytest.param(["--max-text", "3000"], ["3000", "3072", "2048", "--max-text"], id="text"),
         pytest.param(["--max-images", "60"], ["60 images of 36", "2672", "2048", "--max-images"], id="images"),
-        pytest.param(["--max-text", "1"], ["1 text tokens", "--max-text 2"], id="too small"),
+        pytest.param(["--max-text", "1"], ["1 text tokens", "takes 32", "--max-text 32"], id="too small"),
         pytest.param(["--max-text", "0"], ["--max-text", "less than 1"], id="zero"),
         pytest.param(["--max-text", "many"], ["--max-text", "'many'"], id="a word"),
         pytest.param(["--max-images", "-1"], ["--max-images", "-1"], id="negative"),
@@ -202,9 +205,7 @@ def test_a_reroute_json_does_not_make_a_folder_ours(
     refused("export", checkpoint, "-o", mine, *ROUTING, "--force", says=["is not a Reroute export or bundle"])
 
 
-def test_force_does_not_delete_what_was_put_into_an_export(
-    checkpoint: Path, exported: Path, refused: Refused
-) -> None:
+def test_force_does_not_delete_what_was_put_into_an_export(checkpoint: Path, exported: Path, refused: Refused) -> None:
     (exported / "notes.txt").write_text("do not lose this")
     refused("export", checkpoint, "-o", exported, *ROUTING, "--force", says=["notes.txt"])
 
@@ -237,13 +238,24 @@ def test_an_export_that_breaks_off_leaves_the_good_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The last thing that can go wrong, when all other files are written."""
+    """The last step fails, when all graphs are written (by a stand-in: tracing takes seconds)."""
+    written: list[Path] = []
+
+    def write(_: object, folder: Path, name: str, *_tables: object) -> Part:
+        (folder / f"{name}.onnx").write_text("graph")
+        written.append(folder)
+        return Part(file=f"{name}.onnx", inputs=(), outputs=())
 
     def fail(*_: object) -> None:
+        assert [path.name for path in sorted(written[-1].iterdir())] == ["decoder.onnx", "vision.onnx"]
         raise error
 
+    monkeypatch.setattr("reroute.export.trace.trace_decoder", lambda _: None)
+    monkeypatch.setattr("reroute.export.trace.trace_vision", lambda *_: None)
+    monkeypatch.setattr("reroute.export.trace.save", write)
     monkeypatch.setattr("reroute.export.reference.record", fail)
     before = tree(tmp_path)
     for argv in (["-o", exported, "--force"], ["-o", tmp_path / "new"]):
         assert cli.main([str(part) for part in ("export", checkpoint, *argv, *ROUTING)]) == code
         assert tree(tmp_path) == before
+    assert len(written) == 4

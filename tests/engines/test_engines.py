@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -86,7 +87,7 @@ def test_every_phase_of_the_one_graph_equals_torch(
             **{f"past_key_values.{name}": cache for name, cache in caches.items()},
         }
         names = [output.name for output in session.get_outputs()]
-        outputs = dict(zip(names, session.run(names, feed), strict=True))
+        outputs: dict[str, Any] = dict(zip(names, session.run(names, feed), strict=True))
         caches = {name: outputs[f"present.{name}"] for name in caches}
         np.testing.assert_allclose(outputs["logits"], expected.logits.numpy(), atol=1e-4)
         for stage, route in enumerate(expected.routes, start=1):

@@ -11,7 +11,7 @@ from reroute.export.decoder import Output, RoutedDecoder
 from reroute.export.models.llava import decoder_source
 from reroute.export.reference import RecordingDecoder
 from reroute.manifest import TextModel
-from reroute.routing import Schedule, Stage
+from reroute.routing import Action, Schedule, Stage
 from tests.export.independent import Result, independent_forward, last_logits
 
 
@@ -58,13 +58,13 @@ class Small:
         slots = np.arange(self.rows)
         return (slots >= self.start) & (slots < self.start + self.visual)
 
-    def schedule(self, action: str, decisions: dict[int, int]) -> Schedule:
+    def schedule(self, action: Action, decisions: dict[int, int]) -> Schedule:
         edges = [0, *decisions, self.layers]
         keeps = [None, *decisions.values()]
         stages = tuple(Stage(start=a, stop=b, keep=k) for a, b, k in zip(edges, edges[1:], keeps, strict=False))
         return Schedule(action=action if decisions else "dense", stages=stages)
 
-    def decoder(self, action: str = "dense", decisions: dict[int, int] | None = None) -> RoutedDecoder:
+    def decoder(self, action: Action = "dense", decisions: dict[int, int] | None = None) -> RoutedDecoder:
         decoder = RoutedDecoder(self.model, self.schedule(action, decisions or {})).eval()
         generator = torch.Generator().manual_seed(self.seed)
         state = {}
@@ -83,12 +83,12 @@ class Small:
         return ids, embeds, torch.where(~mask)[0], torch.where(mask)[0]
 
     def prefill(
-        self, action: str = "dense", decisions: dict[int, int] | None = None
+        self, action: Action = "dense", decisions: dict[int, int] | None = None
     ) -> tuple[Output, RecordingDecoder]:
         run = RecordingDecoder(self.decoder(action, decisions), capacity=self.rows + 16)
         return run.step(*self.inputs()), run
 
-    def expected(self, action: str, decisions: dict[int, int]) -> tuple[Result, np.ndarray]:
+    def expected(self, action: Action, decisions: dict[int, int]) -> tuple[Result, np.ndarray]:
         """The independent statement on the same weights; weights back to [out, in] and HF names."""
         decoder = self.decoder()
         weights = {}

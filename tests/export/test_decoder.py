@@ -5,6 +5,8 @@ Numbers in the names are those of the list "What a test can rely on" (docs/archi
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from reroute.export import ops
 from reroute.export.reference import RecordingDecoder
+from reroute.routing import Action
 from tests.export.independent import attention_probabilities, rope
 from tests.export.small import Small, score_margin
 
@@ -21,7 +24,7 @@ DECISIONS = {2: 7, 4: 4}
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Small, str, dict[int, int]]:
+def cases(draw: st.DrawFn) -> tuple[Small, Action, dict[int, int]]:
     """A random size, seed and schedule; budgets shrink, so that both actions accept them."""
     layers = draw(st.integers(2, 7))
     heads, kv_heads = draw(st.sampled_from([(4, 4), (4, 2), (4, 1), (2, 2)]))
@@ -43,7 +46,7 @@ def cases(draw: st.DrawFn) -> tuple[Small, str, dict[int, int]]:
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
-def test_routing_equals_the_independent_statement(case: tuple[Small, str, dict[int, int]]) -> None:
+def test_routing_equals_the_independent_statement(case: tuple[Small, Action, dict[int, int]]) -> None:
     """2, 8, 9: stagewise = per layer, last-row = full-matrix scoring, angles by original position."""
     small, action, decisions = case
     output, run = small.prefill(action, decisions)
@@ -66,7 +69,7 @@ def test_routing_equals_the_independent_statement(case: tuple[Small, str, dict[i
 
 
 @pytest.mark.parametrize("action", ["reroute", "removal"])
-def test_1_keeping_everything_is_the_dense_model(action: str) -> None:
+def test_1_keeping_everything_is_the_dense_model(action: Action) -> None:
     small = Small()
     dense, _ = small.prefill()
     kept, _ = small.prefill(action, {0: 20, 2: 20, 5: 20})
@@ -87,11 +90,12 @@ def test_3_one_decision_makes_reroute_and_removal_equal(layer: int, keep: int, s
 
 @settings(max_examples=25, deadline=None)
 @given(cases())
-def test_4_5_6_7_sets_of_rows(case: tuple[Small, str, dict[int, int]]) -> None:
+def test_4_5_6_7_sets_of_rows(case: tuple[Small, Action, dict[int, int]]) -> None:
     """First decisions agree, waiting rows do not change, caches are S then T + K, removal sets are nested."""
     small, _, decisions = case
     routes = {}
-    for action in ("reroute", "removal"):
+    actions: tuple[Action, ...] = ("reroute", "removal")
+    for action in actions:
         output, run = small.prefill(action, decisions)
         routes[action] = [set(route[0].tolist()) for route in output.routes]
         assert run.lengths == [small.rows, *(small.text + k for k in decisions.values())]
@@ -111,10 +115,11 @@ def test_5_rows_that_wait_keep_their_hidden_state_bit_for_bit() -> None:
     small = Small()
     decoder = small.decoder("reroute", DECISIONS)
     seen: list[torch.Tensor] = []
-    layer = decoder.layers[4]
+    layer: Any = decoder.layers[4]
     layer.input_norm.register_forward_hook(lambda _module, args, _output: seen.append(args[0].clone()))
     dense_until_2: list[torch.Tensor] = []
-    norm = decoder.layers[2].input_norm
+    earlier: Any = decoder.layers[2]
+    norm = earlier.input_norm
     norm.register_forward_hook(lambda _module, args, _output: dense_until_2.append(args[0].clone()))
     output = RecordingDecoder(decoder, capacity=64).step(*small.inputs())
     waited = sorted(set(range(small.rows)) - set(output.routes[0][0].tolist()))
@@ -143,7 +148,7 @@ def test_equal_scores_go_to_the_lower_slot() -> None:
 
 @pytest.mark.parametrize("decisions", [{}, {2: 20, 4: 20}, {0: 20, 3: 20}])
 @pytest.mark.parametrize("action", ["reroute", "removal"])
-def test_decode_continues_the_prompt(action: str, decisions: dict[int, int]) -> None:
+def test_decode_continues_the_prompt(action: Action, decisions: dict[int, int]) -> None:
     """With nothing dropped, a prompt and three decoded tokens give the logits of the prompt with them at its end."""
     small, longer = Small(), Small(text=9)
     _, run = small.prefill(action, decisions)
@@ -160,7 +165,7 @@ def test_a_decoded_token_sees_what_ran_in_its_layer_at_original_positions() -> N
     """One attention step of the last layer, done again from the cache of that layer alone."""
     small = Small()
     output, run = small.prefill("reroute", DECISIONS)
-    layer = run.decoder.layers[5]
+    layer: Any = run.decoder.layers[5]
     seen: dict[str, torch.Tensor] = {}
     layer.o_proj.register_forward_hook(lambda _module, args, _output: seen.update(mixed=args[0].clone()))
     layer.input_norm.register_forward_hook(lambda _module, _args, out: seen.update(x=out.clone()))

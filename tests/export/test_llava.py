@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def _compare_with_transformers(folder: Path, routing: str, *, tokens: int) -> No
     inputs = scenario.probe(model, num_tokens=tokens)
     ours = record(decoder, tower, model, inputs)
 
-    theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     pixels = torch.from_numpy(inputs.pixel_values)
     wide = np.repeat(
         inputs.prompt_ids,

@@ -71,10 +71,12 @@ def test_a_missing_file_is_found(folder: Path) -> None:
         Bundle.open(folder)
 
 
-def test_a_part_outside_the_file_table_is_refused(folder: Path) -> None:
-    part = {"file": "../elsewhere.onnx", "inputs": [], "outputs": []}
+@pytest.mark.parametrize("name", ["../elsewhere.onnx", "other.onnx"])
+def test_a_part_outside_the_file_table_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"")
+    part = {"file": name, "inputs": [], "outputs": []}
     edit(folder, parts={"decoder": part, "vision": part})
-    with pytest.raises(UserError, match=r"does not list \.\./elsewhere\.onnx"):
+    with pytest.raises(UserError, match=r"elsewhere|does not list"):
         Bundle.open(folder)
 
 
