@@ -84,9 +84,7 @@ def make_llava(folder: Path, size: TinyLlava | None = None) -> Path:
                 parameter.normal_(std=0.05)
     model.save_pretrained(folder, max_shard_size=size.max_shard_size)
     edge = size.image_size
-    CLIPImageProcessor(
-        size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
-    ).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(DEMO_MODEL / name, folder / name)
     return folder

@@ -35,6 +35,7 @@ CLIP_L_336 = VisionModel(
     tokens_per_image=576,
     hidden_size=1024,
     intermediate_size=4096,
+    num_heads=16,
     num_layers=23,
 )
 

@@ -34,6 +34,7 @@ TINY_VISION = VisionModel(
     tokens_per_image=16,
     hidden_size=5,
     intermediate_size=7,
+    num_heads=2,
     num_layers=2,
 )
 
@@ -162,8 +163,8 @@ def test_memory_by_hand():
     # 19 rows of full sequence, 19 running, 19 normed (6 wide); attention: q, k, v, output 36 wide and
     # 4 x 19 x 19 float32 probabilities, more than the MLP's 3 x 10; 11 logits.
     decoder = 4 * (3 * 19 * 6) + 4 * 19 * 36 + 4 * 4 * 19 * 19 + 4 * 11
-    # 17 rows of residual and norm (5 wide); q, k, v and output, and one head's probabilities.
-    vision = 4 * (2 * 17 * 5) + 4 * (4 * 17 * 5) + 4 * 17 * 17
+    # 17 rows of residual and norm (5 wide); q, k, v and output, and two heads' probabilities.
+    vision = 4 * (2 * 17 * 5) + 4 * (4 * 17 * 5) + 4 * 2 * 17 * 17
     assert plan.workspace_bytes == decoder + vision
     assert plan.peak_bytes == plan.weight_bytes + plan.cache_bytes + decoder + vision
 

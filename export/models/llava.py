@@ -129,6 +129,7 @@ def vision_model(config: LlavaConfig) -> VisionModel:
         tokens_per_image=side * side + extra,
         hidden_size=vision.hidden_size,
         intermediate_size=vision.intermediate_size,
+        num_heads=vision.num_attention_heads,
         num_layers=max(feature_layers(config)),
     )
 

@@ -26,7 +26,6 @@ from reroute.manifest import Capacity, Model, TextModel, VisionModel
 from reroute.routing import Schedule, Stage
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_CLIP_HEAD_DIM = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,12 +249,10 @@ def decoder_workspace_bytes(text: TextModel, stages: tuple[StagePlan, ...], tota
 
 def vision_workspace_bytes(vision: VisionModel, dtype_bytes: int) -> int:
     """The same for one tower layer on P + 1 rows: residual and norm, then q, k, v, output and float32
-    probabilities, or the MLP's two wide tensors. The manifest does not hold the tower's heads: CLIP's head
-    size of 64 is assumed.
+    probabilities, or the MLP's two wide tensors.
     """
     rows = (vision.image_size // vision.patch_size) ** 2 + 1
-    num_heads = max(1, vision.hidden_size // _CLIP_HEAD_DIM)
-    attention = 4 * rows * vision.hidden_size * dtype_bytes + 4 * num_heads * rows * rows
+    attention = 4 * rows * vision.hidden_size * dtype_bytes + 4 * vision.num_heads * rows * rows
     mlp = 2 * rows * vision.intermediate_size * dtype_bytes
     return 2 * rows * vision.hidden_size * dtype_bytes + max(attention, mlp)
 

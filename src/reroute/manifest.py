@@ -54,6 +54,7 @@ class VisionModel:
     tokens_per_image: int
     hidden_size: int
     intermediate_size: int
+    num_heads: int
     num_layers: int
 
 

@@ -137,6 +137,7 @@ def make_manifest(
         tokens_per_image=VISUAL,
         hidden_size=8,
         intermediate_size=16,
+        num_heads=2,
         num_layers=1,
     )
     image = ImageProcessing(
