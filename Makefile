@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 DEMO_ROUTING ?= reroute@2,7,15,23:avg=1/9
 
-.PHONY: demo test lint format types venv
+.PHONY: demo test lint format types venv check-runtime
 
 venv: $(STAMP)
 
@@ -26,6 +26,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The demo bundle against its recorded reference with nothing but the runtime installed: PYTHON=python3.10 make check-runtime
+check-runtime:
+	rm -rf out/runtime-venv
+	$(PYTHON) -m venv out/runtime-venv
+	out/runtime-venv/bin/python -m pip install --quiet --disable-pip-version-check ".[ort]" polygraphy
+	out/runtime-venv/bin/reroute doctor
+	out/runtime-venv/bin/reroute check out/demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .questions import KINDS, questions
-from .scenes import COLOUR_NAMES, COLOURS, SHAPES, Question, Scene, _outline, make_scene, render, scene_rng
+from .scenes import COLOUR_NAMES, COLOURS, PLURALS, SHAPES, Question, Scene, _outline, make_scene, render, scene_rng
 from .tokenizer import EOS, PAD, encode_words
 
 IMAGE_SIZE, GRID = 192, 24
@@ -71,9 +71,17 @@ def patch_labels(scene: Scene) -> tuple[np.ndarray, ...]:
     return colour[owner], shape[owner], box[owner], owner, centre
 
 
+def _named(text: str) -> tuple[int, int]:
+    """Colour and shape (-1: none) that a ``count`` or ``colour`` question names."""
+    words = text.split()
+    colour = next((i for i, c in enumerate(COLOUR_NAMES) if c in words), -1)
+    shape = next((i for i, s in enumerate(SHAPES) if s in words or PLURALS[s] in words), -1)
+    return colour, shape
+
+
 def pack(asked: list[Question], scene: Scene, turns: int, length: int) -> tuple[np.ndarray, ...]:
     """Dialogues of ``turns`` questions: inputs, targets (PAD where not asked for), kinds, objects asked about, and
-    the colour and shape that a ``where`` or ``exists`` question names.
+    the colour and shape that a question about one kind of object names.
 
     Each is [slots, length] (the last [slots, length, 2]); the last three are -1 where the row's target is no answer,
     or not one object's. The first turn's ``<s> USER: <image>`` is the shared prefix, so a slot starts with the
@@ -93,10 +101,8 @@ def pack(asked: list[Question], scene: Scene, turns: int, length: int) -> tuple[
             answer = [*encode_words(q.answer), EOS]
             ids[s, at : at + len(prompt) + len(answer)] = prompt + answer
             kinds[s, at + len(prompt) : at + len(prompt) + len(answer)] = KINDS.index(q.kind)
-            if q.kind in ("where", "exists"):
-                words = q.text.split()
-                pair = COLOUR_NAMES.index(words[-3]), SHAPES.index(words[-2])
-                named[s, at + len(prompt) : at + len(prompt) + len(answer)] = pair
+            if q.kind != "left":
+                named[s, at + len(prompt) : at + len(prompt) + len(answer)] = _named(q.text)
             # The end token needs no object, hence the -1.
             about[s, at + len(prompt) : at + len(prompt) + len(answer) - 1] = index.get(q.box, -1)
             at += len(prompt) + len(answer)

@@ -28,6 +28,8 @@ from .data import Batches, BatchSpec
 from .losses import Auxiliary, answer_loss, gathering, guidance
 from .model import build_model, save
 from .packed import Packed
+from .scenes import PLURALS
+from .tokenizer import encode_words
 from .validate import Validation
 
 
@@ -57,6 +59,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--guide", default="", help="layers whose attention is guided to the object asked about, e.g. 2,4")
     p.add_argument("--guide-weight", type=float, default=0.2)
     p.add_argument("--train-tower", action="store_true", help="keep training the tower after its own stage")
+    p.add_argument("--plurals", action="store_true", help="add the singular's embedding to that of each plural")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--device", default="cpu")
     p.add_argument("--processes", type=int, default=1, help="data-parallel processes; CPU: one thread in each")
@@ -127,6 +130,11 @@ class Trainer:
                 self.model = grow(self.model, args.layers, spread, args.like)
         else:
             self.model = build_model(args.layers, seed=args.seed)
+        if args.plurals and not resume:
+            with torch.no_grad():
+                embed = self.model.get_input_embeddings().weight
+                for one, many in PLURALS.items():
+                    embed[encode_words(many)] += embed[encode_words(one)]
         self.model.to(args.device).train()
         self.parameters = trained_parameters(self.model, self.aux, args)
         # After its own stage the tower learns slowly: the decoder's rate undoes what it has learnt.

@@ -62,7 +62,7 @@ def write(name: str, content: bytes) -> d.Damage:
 
 
 def half_a_jpeg(folder: Path) -> None:
-    Image.effect_noise((64, 64), 50).save(folder / "x.jpg")
+    Image.linear_gradient("L").save(folder / "x.jpg")
     d.truncate("x.jpg")(folder)
 
 
