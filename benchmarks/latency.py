@@ -122,7 +122,7 @@ def torch_dense(checkpoint: Path, dtype: str, args: argparse.Namespace) -> Calla
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    model: Any = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = args.text + model.config.image_seq_length

@@ -1,7 +1,8 @@
-"""Score a model folder on held-out scenes: ``python -m demo.evaluate demo/model --scenes 500 --objects 3-7``.
+"""Score a model or an engine on held-out scenes: ``python -m demo.evaluate demo/model --scenes 500 --objects 3-7``.
 
-The model runs as shipped through the transformers classes: dense, greedy, one question per prompt, fp32 or what
-``--dtype`` says. Held-out scenes come from their own random streams, which training and validation never draw from.
+A model folder runs as shipped through the transformers classes: dense, greedy, one question per prompt, fp32 or what
+``--dtype`` says. A bundle of ``reroute build`` runs through ``reroute.runtime``, routed as it was built.
+Held-out scenes come from their own random streams, which training and validation never draw from.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +24,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from .questions import KINDS, questions, where
 from .scenes import Question, iou, make_scene, render, scene_rng
 from .tokenizer import EOS
+
+Answerer = Callable[[Image.Image, list[Question]], list[str]]
 
 
 def parse_box(text: str) -> tuple[int, ...] | None:
@@ -66,10 +72,30 @@ def answer(model, processor, image: Image.Image, asked: list[Question], limit: i
     return answers
 
 
+def answerer(folder: str, dtype: str, device: str) -> tuple[Answerer, str]:
+    """What answers questions about an image, and what it is: a model folder, or a bundle in its engine."""
+    if (Path(folder) / "reroute.json").is_file():
+        from reroute.runtime import Session
+
+        session = Session.open(folder)
+
+        def ask(image: Image.Image, asked: list[Question]) -> list[str]:
+            answers = []
+            for question in asked:
+                session.reset()
+                answers.append(session.ask(question.text, image, max_new_tokens=6).text.strip())
+            return answers
+
+        return ask, f"engine, {session.manifest.routing}"
+    processor = AutoProcessor.from_pretrained(folder)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.eval().to(device)
+    return partial(answer, model, processor), f"transformers {dtype}, dense"
+
+
 def evaluate(folder: str, scenes: int, low: int, high: int, seed: int, split: str, dtype: str, device: str) -> dict:
     """Scores of a model folder; every object of every scene is asked for, and one question of each other kind."""
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
+    ask, what = answerer(folder, dtype, device)
     ious: list[float] = []
     right: dict[str, list[bool]] = {k: [] for k in KINDS[1:]}
     malformed = 0
@@ -78,8 +104,8 @@ def evaluate(folder: str, scenes: int, low: int, high: int, seed: int, split: st
         rng = scene_rng(split, seed, index)
         scene = make_scene(rng, low, high)
         asked = [where(t) for t in scene.objects] + one_of_each(scene, rng)
-        for q, text in zip(asked, answer(model, processor, render(scene), asked), strict=True):
-            if q.kind == "where":
+        for q, text in zip(asked, ask(render(scene), asked), strict=True):
+            if q.box and q.kind == "where":
                 box = parse_box(text)
                 malformed += box is None
                 ious.append(iou(box, q.box) if box else 0.0)
@@ -91,7 +117,7 @@ def evaluate(folder: str, scenes: int, low: int, high: int, seed: int, split: st
         "seed": seed,
         "scenes": scenes,
         "objects": [low, high],
-        "dtype": dtype,
+        "answered_by": what,
         "where": {
             "questions": len(ious),
             "iou50": round(float(np.mean(np.array(ious) >= 0.5)), 4),
@@ -127,7 +153,7 @@ def table(result: dict) -> str:
 def main() -> None:
     """Command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", help="folder of the model")
+    p.add_argument("model", help="folder of a model or of a bundle")
     p.add_argument("--scenes", type=int, default=500)
     p.add_argument("--objects", default="3-7", help="fewest-most objects of a scene")
     p.add_argument("--seed", type=int, default=0)

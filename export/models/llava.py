@@ -31,10 +31,13 @@ _LAYER_NAMES = {
 }
 
 
-def parse_config(checkpoint: Checkpoint) -> LlavaConfig:
-    """The config with transformers' defaults filled in. Raises UserError for what we do not support, by name."""
+def parse_config(checkpoint: Checkpoint) -> Any:
+    """A `LlavaConfig` with transformers' defaults filled in. Raises UserError for what we do not support, by name.
+
+    Typed as Any: transformers declares the configs inside as `dict | PreTrainedConfig | None`.
+    """
     try:
-        config = LlavaConfig.from_dict(checkpoint.config)
+        config: Any = LlavaConfig.from_dict(checkpoint.config)
     except Exception as error:  # transformers raises many types for a bad config; all are the user's to mend
         raise UserError(f"config.json is not a valid LLaVA config: {error}", hint="copy config.json again") from error
     if quantization := checkpoint.config.get("quantization_config"):
@@ -94,12 +97,12 @@ def read(checkpoint: Checkpoint) -> Model:
     )
 
 
-def config_ties(config: LlavaConfig) -> bool:
+def config_ties(config: Any) -> bool:
     """Whether lm_head shares the embedding; the outer and the text config may both say so."""
     return bool(config.tie_word_embeddings or getattr(config.text_config, "tie_word_embeddings", False))
 
 
-def text_model(config: LlavaConfig) -> TextModel:
+def text_model(config: Any) -> TextModel:
     """Shape of the decoder."""
     text = config.text_config
     return TextModel(
@@ -117,7 +120,7 @@ def text_model(config: LlavaConfig) -> TextModel:
     )
 
 
-def vision_model(config: LlavaConfig) -> VisionModel:
+def vision_model(config: Any) -> VisionModel:
     """Grid and size of the tower; only the layers up to the last feature layer are counted, because only they run."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
@@ -134,7 +137,7 @@ def vision_model(config: LlavaConfig) -> VisionModel:
     )
 
 
-def feature_layers(config: LlavaConfig) -> list[int]:
+def feature_layers(config: Any) -> list[int]:
     """Indices into the tower's hidden states (0 = embeddings), as non-negative numbers."""
     chosen = config.vision_feature_layer
     count = config.vision_config.num_hidden_layers + 1
@@ -147,7 +150,7 @@ def feature_layers(config: LlavaConfig) -> list[int]:
     return [layer % count for layer in layers]
 
 
-def decoder_shapes(config: LlavaConfig, text: TextModel) -> dict[str, tuple[int, ...]]:
+def decoder_shapes(config: Any, text: TextModel) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes of all decoder tensors that the config implies."""
     q, kv, size, inner = (
         text.num_heads * text.head_dim,
@@ -232,7 +235,7 @@ def _three(data: dict[str, Any], key: str) -> tuple[float, float, float]:
     return float(values[0]), float(values[1]), float(values[2])
 
 
-def tokens(checkpoint: Checkpoint, config: LlavaConfig) -> Tokens:
+def tokens(checkpoint: Checkpoint, config: Any) -> Tokens:
     """Special tokens from config, generation config and tokenizer files."""
     path = checkpoint.folder / "tokenizer.json"
     if not path.is_file():
@@ -301,16 +304,16 @@ def decoder_source(name: str, *, tied: bool) -> str:
 class VisionTower(nn.Module):
     """The checkpoint's own CLIP tower up to the last feature layer, and its projector."""
 
-    def __init__(self, config: LlavaConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.features = feature_layers(config)
         self.drop_cls = config.vision_feature_select_strategy == "default"
         settings = config.vision_config.to_dict() | {"num_hidden_layers": max(self.features)}
-        clip = CLIPVisionConfig(**settings)
+        clip = CLIPVisionConfig.from_dict(settings)
         clip._attn_implementation = "sdpa"
         self.vision_tower = CLIPVisionModel(clip)
         # Only the pooled output uses this norm, and nobody asks for it.
-        self.vision_tower.post_layernorm = nn.Identity()
+        self.vision_tower.post_layernorm = nn.Identity()  # type: ignore[assignment]
         self.multi_modal_projector = LlavaMultiModalProjector(config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
