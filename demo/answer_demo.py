@@ -27,7 +27,7 @@ def main() -> int:
     """Parse arguments, ask, compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--scene", default="scene1.png", help="image in demo/images (default scene1.png)")
+    parser.add_argument("--scene", default="scene3.png", help="image in demo/images (default scene3.png)")
     parser.add_argument("--object", help="for example 'red star' (default: the scene's first)")
     parser.add_argument("--picture", type=Path, help="draw the answer and where the visual tokens ran")
     args = parser.parse_args()

@@ -104,7 +104,7 @@ def pack(asked: list[Question], scene: Scene, turns: int, length: int) -> tuple[
             if q.kind != "left":
                 named[s, at + len(prompt) : at + len(prompt) + len(answer)] = _named(q.text)
             # The end token needs no object, hence the -1.
-            about[s, at + len(prompt) : at + len(prompt) + len(answer) - 1] = index.get(q.box, -1)
+            about[s, at + len(prompt) : at + len(prompt) + len(answer) - 1] = index.get(q.box, -1) if q.box else -1
             at += len(prompt) + len(answer)
     kinds = kinds[:, 1:]
     return ids[:, :-1], np.where(kinds >= 0, ids[:, 1:], PAD), kinds, about[:, 1:], named[:, 1:]

@@ -31,6 +31,9 @@ class Auxiliary(nn.Module):
         super().__init__()
         self.maps = nn.Linear(HIDDEN, 4 * HIDDEN)
         self.centre_bias = nn.Parameter(torch.tensor(-2.0))
+        self.soft: Tensor
+        self.colour_ids: Tensor
+        self.shape_ids: Tensor
         self.register_buffer("soft", soft_numbers(), persistent=False)
         colour = [encode_words(c)[0] for c in COLOUR_NAMES]
         shape = [encode_words(s)[0] for s in SHAPES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -91,7 +92,7 @@ def number_features(dim: int = HIDDEN) -> torch.Tensor:
 def build_model(layers: int = 24, tower_layers: int = 4, seed: int = 0) -> LlavaForConditionalGeneration:
     """Freshly initialised model in fp32; number rows of both embeddings hold a smooth code of their value."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(build_config(layers, tower_layers))
+    model: Any = LlavaForConditionalGeneration(build_config(layers, tower_layers))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2 and "language_model.layers" in name:

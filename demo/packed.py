@@ -7,9 +7,11 @@ have alone in the transformers model (``tests/demo`` holds the comparison), at a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as fn
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from .model import MEAN, STD, VISUAL_TOKENS
@@ -31,7 +33,7 @@ def clip_layer(x: Tensor, w: tuple[Tensor, ...], heads: int) -> Tensor:
     return x + fn.linear(h * torch.sigmoid(1.702 * h), f2w, f2b)
 
 
-def clip_weights(layer: nn.Module) -> tuple[Tensor, ...]:
+def clip_weights(layer: Any) -> tuple[Tensor, ...]:
     """Weights and biases of a CLIP layer in the order ``clip_layer`` takes them."""
     a, m = layer.self_attn, layer.mlp
     parts = (layer.layer_norm1, a.q_proj, a.k_proj, a.v_proj, a.out_proj, layer.layer_norm2, m.fc1, m.fc2)
@@ -64,7 +66,7 @@ def attend(q: Tensor, parts: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tens
         s = (rows @ k.transpose(-1, -2)).float() * scale
         scores.append(s if mask is None else s + mask)
     top = torch.stack([s.detach().amax(-1).flatten(2).view(q.shape[:3]) for s in scores]).amax(0)
-    total, out = 0.0, 0.0
+    total, out = torch.zeros(()), torch.zeros(())
     for s, (_, v, _) in zip(scores, parts, strict=True):
         e = torch.exp(s - top.view(s.shape[:-1])[..., None])
         total = total + e.sum(-1).view(q.shape[:3])
@@ -133,7 +135,7 @@ def looked_at(
     return (p[..., PREFIX_TEXT:] * own[:, None]).sum(-1).mean(1)
 
 
-def llama_weights(layer: nn.Module) -> tuple[Tensor, ...]:
+def llama_weights(layer: Any) -> tuple[Tensor, ...]:
     """Weights of a Llama layer in the order ``llama_layer`` takes them."""
     a, m = layer.self_attn, layer.mlp
     parts = (layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.o_proj)
@@ -145,7 +147,7 @@ class Packed:
     """The two halves of the forward; ``compiled`` wraps one layer of each kind in ``torch.compile``."""
 
     def __init__(self, model: LlavaForConditionalGeneration, compiled: bool = False) -> None:
-        self.model = model
+        self.model: Any = model  # transformers types its submodules as Tensor | Module
         wrap = torch.compile if compiled else (lambda f: f)
         self.clip_layer, self.llama_layer, self.looked_at = wrap(clip_layer), wrap(llama_layer), wrap(looked_at)
 
@@ -196,7 +198,7 @@ class Packed:
         watched: list[tuple[Tensor, Tensor]] = []
         for i, layer in enumerate(lm.layers):
             final = i == len(lm.layers) - 1
-            if i in watch:
+            if own is not None and i in watch:
                 mass = self.looked_at(x, llama_weights(layer), cos, sin, prefix, length, dim, own)
                 watched.append((mass, x[:, prefix:]))
             x = self.llama_layer(x, llama_weights(layer), cos, sin, prefix, length, dim, final)

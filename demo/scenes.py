@@ -107,9 +107,14 @@ def make_scene(rng: np.random.Generator, low: int, high: int) -> Scene:
         for p, b in zip(pairs, boxes, strict=True)
     )
     base = rng.integers(226, 253)
-    tint = [tuple(int(v) for v in np.clip(base + rng.integers(-8, 9, 3), 0, 255)) for _ in range(2)]
+    tint = [np.clip(base + rng.integers(-8, 9, 3), 0, 255).tolist() for _ in range(2)]
     noise = float(rng.choice([0.0, rng.uniform(0, 5)]))
-    return Scene(things, (tint[0], tint[1]), noise, int(rng.integers(2**31)))
+    return Scene(
+        things,
+        ((tint[0][0], tint[0][1], tint[0][2]), (tint[1][0], tint[1][1], tint[1][2])),
+        noise,
+        int(rng.integers(2**31)),
+    )
 
 
 def _outline(shape: str, box: tuple[float, float, float, float]) -> list[tuple[float, float]]:

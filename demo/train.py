@@ -16,60 +16,25 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as fn
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from torch.multiprocessing.spawn import start_processes
 
 from .data import Batches, BatchSpec
 from .losses import Auxiliary, answer_loss, gathering, guidance
 from .model import build_model, save
+from .options import arguments
 from .packed import Packed
 from .scenes import PLURALS
 from .tokenizer import encode_words
 from .validate import Validation
 
 
-def arguments() -> argparse.Namespace:
-    """Command line; the defaults of each stage are in the model card's commands."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("stage", choices=("tower", "shallow", "deep"))
-    p.add_argument("--run", type=Path, default=Path(__file__).parent / "runs" / "main", help="folder of checkpoints")
-    p.add_argument("--init", default="", help="stage name to start from (a checkpoint in --run)")
-    p.add_argument("--name", default="", help="name of this stage's checkpoint, if not the stage's own")
-    p.add_argument("--layers", type=int, default=8, help="decoder layers of this stage")
-    p.add_argument("--spread", default="", help="deep: where the shallow layers go, e.g. 0,1,2,7,11,15,19,23")
-    p.add_argument("--like", type=int, default=-1, help="deep: later new layers start from this shallow layer")
-    p.add_argument("--steps", type=int, default=10**9, help="end after this many steps")
-    p.add_argument("--minutes", type=float, default=1e9, help="end after this many minutes, whichever is first")
-    p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--final-lr", type=float, default=1e-4)
-    p.add_argument("--warmup", type=int, default=100)
-    p.add_argument("--images", type=int, default=8)
-    p.add_argument("--slots", type=int, default=24, help="dialogues per image")
-    p.add_argument("--turns", type=int, default=1, help="questions per dialogue")
-    p.add_argument("--keep", type=int, default=576, help="visual tokens that the decoder sees, chosen at random")
-    p.add_argument("--low", type=int, default=1, help="fewest objects")
-    p.add_argument("--high", type=int, default=7, help="most objects")
-    p.add_argument("--grow", type=int, default=0, help="steps after which one more object is allowed (0: all at once)")
-    p.add_argument("--aux", type=float, default=0.3, help="weight of the auxiliary loss")
-    p.add_argument("--guide", default="", help="layers whose attention is guided to the object asked about, e.g. 2,4")
-    p.add_argument("--guide-weight", type=float, default=0.2)
-    p.add_argument("--train-tower", action="store_true", help="keep training the tower after its own stage")
-    p.add_argument("--plurals", action="store_true", help="add the singular's embedding to that of each plural")
-    p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--processes", type=int, default=1, help="data-parallel processes; CPU: one thread in each")
-    p.add_argument("--eager", action="store_true", help="no torch.compile")
-    p.add_argument("--validate-every", type=float, default=120, help="seconds between validations")
-    p.add_argument("--export", type=Path, help="write the model there after each validation")
-    return p.parse_args()
-
-
-def grow(model: LlavaForConditionalGeneration, layers: int, spread: list[int], like: int = -1) -> nn.Module:
+def grow(model: Any, layers: int, spread: list[int], like: int = -1) -> Any:
     """Put the decoder's layers at the places ``spread`` of a deeper one; the new layers start as the identity.
 
     A new layer takes all but its two output matrices, which are zero, from the shallow layer before it, or from
@@ -90,7 +55,7 @@ def grow(model: LlavaForConditionalGeneration, layers: int, spread: list[int], l
     return deep
 
 
-def trained_parameters(model: LlavaForConditionalGeneration, aux: Auxiliary, args: argparse.Namespace) -> list[Tensor]:
+def trained_parameters(model: Any, aux: Auxiliary, args: argparse.Namespace) -> list[Tensor]:
     """Parameters this stage trains; all others are frozen."""
     model.requires_grad_(False)
     parts: list[nn.Module] = [model.model.multi_modal_projector, model.get_input_embeddings(), model.lm_head, aux]
@@ -114,6 +79,7 @@ class Trainer:
         args.run.mkdir(parents=True, exist_ok=True)
         self.step, self.spent = 0, 0.0
         self.aux = Auxiliary().to(args.device)
+        self.model: Any
         resume = torch.load(self.path, map_location="cpu") if self.path.exists() else None
         if resume:
             self.model = build_model(resume["layers"], seed=args.seed)
@@ -213,11 +179,12 @@ class Trainer:
         """Average the gradients over the processes, as one flat tensor."""
         if self.args.processes == 1:
             return
-        flat = torch.cat([p.grad.flatten() for p in self.parameters])
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         flat /= self.args.processes
-        for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-            p.grad.copy_(part.view_as(p))
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
 
     def agreed(self, seconds: float) -> float:
         """The first process's clock, so that all of them stop at the same step."""
@@ -282,13 +249,13 @@ def work(rank: int, args: argparse.Namespace, meeting: str) -> None:
 
 def main() -> None:
     """Start the processes. Several with one thread each beat one with several threads when cores are shared."""
-    args = arguments()
+    args = arguments(__doc__)
     args.run.mkdir(parents=True, exist_ok=True)
     if args.processes == 1:
         work(0, args, "")
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (args, f"{folder}/meeting"), nprocs=args.processes)
+        start_processes(work, (args, f"{folder}/meeting"), nprocs=args.processes)
 
 
 if __name__ == "__main__":
