@@ -21,8 +21,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from reroute.boxes import iou
+
 from .questions import KINDS, questions, where
-from .scenes import Question, iou, make_scene, render, scene_rng
+from .scenes import Question, make_scene, render, scene_rng
 from .tokenizer import EOS
 
 Answerer = Callable[[Image.Image, list[Question]], list[str]]

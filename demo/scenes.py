@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from reroute.boxes import iou
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "green": (44, 160, 60),
@@ -66,15 +68,6 @@ class Question:
 def scene_rng(split: str, seed: int, index: int) -> np.random.Generator:
     """Random stream of one scene; streams of different splits are disjoint by construction."""
     return np.random.default_rng([SPLITS[split], seed, index])
-
-
-def iou(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    """Intersection over union of two (x1, y1, x2, y2) boxes; 0 for degenerate ones."""
-    w = min(a[2], b[2]) - max(a[0], b[0])
-    h = min(a[3], b[3]) - max(a[1], b[1])
-    inter = max(w, 0) * max(h, 0)
-    area = max(a[2] - a[0], 0) * max(a[3] - a[1], 0) + max(b[2] - b[0], 0) * max(b[3] - b[1], 0) - inter
-    return inter / area if area > 0 else 0.0
 
 
 def make_scene(rng: np.random.Generator, low: int, high: int) -> Scene:

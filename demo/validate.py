@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
+from reroute.boxes import iou
+
 from .data import IMAGE_SIZE
 from .packed import Packed
 from .questions import KINDS, questions, where
-from .scenes import iou, make_scene, render, scene_rng
+from .scenes import make_scene, render, scene_rng
 from .tokenizer import NUMBER_0, PAD, encode_words
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from demo.questions import KINDS, questions
-from demo.scenes import COLOURS, SHAPES, Scene, Thing, iou, make_scene, render, scene_rng
+from demo.scenes import COLOURS, SHAPES, Scene, Thing, make_scene, render, scene_rng
 from demo.tokenizer import NUMBER_0, UNK, build_fast_tokenizer, build_tokenizer, encode_words
+from reroute.boxes import iou
 
 HERE = Path(__file__).parents[2] / "demo"
 
