@@ -1,0 +1,148 @@
+"""The six ops in their three forms: torch reference, ONNX local function of standard ops, schema."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from reroute.export import onnx_ops, ops
+
+CASES = ["plain", "grouped", "batch", "all-tied", "keep-all", "no-candidates", "one-row"]
+
+
+def select_inputs(case: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int, int, float]:
+    """Arguments of `ops.select` for a named case."""
+    batch, heads, groups, size, rows = 1, 4, 4, 8, 40
+    keep = 7
+    if case == "grouped":
+        groups = 2
+    if case == "batch":
+        batch, groups = 3, 1
+    text = torch.tensor([0, 1, 36, 37, 38, 39])
+    visual = torch.arange(2, 36)
+    if case == "no-candidates":
+        text, visual = torch.arange(40), torch.arange(0)
+    if case == "one-row":
+        rows, text, visual = 1, torch.arange(1), torch.arange(0)
+    if case == "keep-all":
+        keep = 100
+    generator = torch.Generator().manual_seed(CASES.index(case))
+    q = torch.randn(batch, heads * size, generator=generator)
+    k = torch.randn(batch, rows, groups * size, generator=generator)
+    if case == "all-tied":
+        k = k[:, :1].expand(-1, rows, -1).contiguous()
+    return q, k, visual.expand(batch, -1), text.expand(batch, -1), keep, heads, groups, size**-0.5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_select_is_the_same_in_torch_and_onnx(case: str) -> None:
+    *tensors, keep, heads, groups, scale = select_inputs(case)
+    expected = ops.select(*tensors, keep, heads, groups, scale)
+    attributes = {"keep": keep, "num_heads": heads, "num_kv_heads": groups, "scale": scale}
+    (slots,) = run("RerouteSelect", tensors, attributes, [TensorProto.INT64])
+    np.testing.assert_array_equal(slots, expected.numpy())
+    if case == "all-tied":
+        assert expected[0].tolist() == [0, 1, *range(2, 9), 36, 37, 38, 39]
+
+
+def test_select_equals_a_loop_over_rows_and_heads() -> None:
+    """Grouped heads read the right keys: one head and one row at a time, in float64."""
+    q, k, candidates, always, keep, heads, groups, scale = select_inputs("grouped")
+    queries = q[0].double().numpy().reshape(heads, -1)
+    keys = k[0].double().numpy().reshape(k.shape[1], groups, -1)
+    score = np.zeros(k.shape[1])
+    for head in range(heads):
+        products = np.asarray([queries[head] @ row[head // (heads // groups)] * scale for row in keys])
+        score += np.exp(products - products.max()) / np.exp(products - products.max()).sum() / heads
+    best = sorted(candidates[0].tolist(), key=lambda slot: -score[slot])[:keep]
+    expected = sorted([*always[0].tolist(), *best])
+    assert ops.select(q, k, candidates, always, keep, heads, groups, scale)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_gather_and_scatter_are_the_same_in_torch_and_onnx(batch: int) -> None:
+    full, rows = torch.randn(batch, 9, 6), torch.randn(batch, 4, 6)
+    slots = torch.stack([torch.randperm(9)[:4].sort().values for _ in range(batch)])
+    (gathered,) = run("RerouteGather", [full, slots], {}, [TensorProto.FLOAT])
+    np.testing.assert_array_equal(gathered, ops.gather(full, slots).numpy())
+    (scattered,) = run("RerouteScatter", [full, slots, rows], {}, [TensorProto.FLOAT])
+    expected = ops.scatter(full, slots, rows)
+    np.testing.assert_array_equal(scattered, expected.numpy())
+    for item in range(batch):
+        assert torch.equal(expected[item, slots[item]], rows[item])
+        others = [slot for slot in range(9) if slot not in slots[item].tolist()]
+        assert torch.equal(expected[item, others], full[item, others])
+
+
+def test_norm_and_rotary_are_the_same_in_torch_and_onnx() -> None:
+    x, weight = torch.randn(2, 5, 12), torch.randn(12)
+    (normed,) = run("RerouteRMSNorm", [x, weight], {"eps": 1e-5}, [TensorProto.FLOAT])
+    np.testing.assert_allclose(normed, ops.rms_norm(x, weight, 1e-5).numpy(), atol=1e-6)
+    angles = torch.randn(20, 3)
+    slots = torch.tensor([[0, 3, 7, 9, 19], [1, 2, 3, 4, 5]])
+    (turned,) = run("RerouteRotary", [x, angles.cos(), angles.sin(), slots], {"num_heads": 2}, [TensorProto.FLOAT])
+    np.testing.assert_allclose(turned, ops.rotary(x, angles.cos(), angles.sin(), slots, 2).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(5, 5), (1, 8), (4, 9), (3, 12)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_is_the_same_in_torch_and_onnx(rows: int, length: int, groups: int) -> None:
+    """An empty cache, one token, a later chunk, a full cache."""
+    q, past = torch.randn(1, rows, 4 * 8), [torch.randn(1, groups, 12, 8) for _ in range(2)]
+    k, v = torch.randn(1, rows, groups * 8), torch.randn(1, rows, groups * 8)
+    kv_len = torch.tensor([length], dtype=torch.int32)
+    expected = ops.attention(q, k, v, *past, kv_len, 4, groups, 8**-0.5)
+    attributes = {"num_heads": 4, "num_kv_heads": groups, "scale": 8**-0.5}
+    measured = run("RerouteAttention", [q, k, v, *past, kv_len], attributes, [TensorProto.FLOAT] * 3)
+    for want, have in zip(expected, measured, strict=True):
+        np.testing.assert_allclose(have, want.numpy(), atol=1e-5)
+
+
+def test_torch_ops_pass_torchs_own_checks() -> None:
+    """Schema, fake tensors and autograd registration agree with what the ops do."""
+    checks = ("test_schema", "test_autograd_registration")
+    full, slots = torch.randn(2, 9, 6), torch.tensor([[0, 4], [1, 2]])
+    torch.library.opcheck(ops.gather, (full, slots))
+    torch.library.opcheck(ops.scatter, (full, slots, torch.randn(2, 2, 6)))
+    torch.library.opcheck(ops.rms_norm, (full, torch.randn(6), 1e-5))
+    torch.library.opcheck(ops.rotary, (full, torch.randn(9, 3), torch.randn(9, 3), torch.arange(9).expand(2, -1), 1))
+    # Its output has a length that depends on values, which the fake-tensor check cannot compare.
+    torch.library.opcheck(ops.select, select_inputs("batch"), test_utils=checks)
+
+
+@pytest.mark.parametrize("function", onnx_ops.functions(), ids=lambda function: function.name)
+def test_schema_and_function_have_one_signature(function: onnx.FunctionProto) -> None:
+    onnx_ops.register_schemas()
+    schema = onnx.defs.get_schema(function.name, onnx_ops.DOMAIN_VERSION, onnx_ops.DOMAIN)
+    assert [value.name for value in schema.inputs] == list(function.input)
+    assert [value.name for value in schema.outputs] == list(function.output)
+    assert set(schema.attributes) == set(function.attribute)
+
+
+def run(
+    name: str, tensors: list[torch.Tensor], attributes: dict[str, int | float], outputs: list[int]
+) -> list[np.ndarray]:
+    """Run one op's ONNX function in ONNX Runtime, the body that travels with every export."""
+    function = next(function for function in onnx_ops.functions() if function.name == name)
+    values = [tensor.contiguous().numpy() for tensor in tensors]
+    kinds = [helper.np_dtype_to_tensor_dtype(value.dtype) for value in values]
+    node = helper.make_node(name, list(function.input), list(function.output), domain=onnx_ops.DOMAIN, **attributes)
+    graph = helper.make_graph(
+        [node],
+        "op",
+        [
+            helper.make_tensor_value_info(key, kind, [None] * value.ndim)
+            for key, kind, value in zip(function.input, kinds, values, strict=True)
+        ],
+        [helper.make_tensor_value_info(key, kind, None) for key, kind in zip(function.output, outputs, strict=True)],
+    )
+    opsets = [helper.make_opsetid("", onnx_ops.OPSET), helper.make_opsetid(onnx_ops.DOMAIN, onnx_ops.DOMAIN_VERSION)]
+    model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    return [np.asarray(value) for value in session.run(None, dict(zip(function.input, values, strict=True)))]
