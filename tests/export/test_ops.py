@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -42,7 +44,7 @@ def select_inputs(case: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
 def test_select_is_the_same_in_torch_and_onnx(case: str) -> None:
     *tensors, keep, heads, groups, scale = select_inputs(case)
     expected = ops.select(*tensors, keep, heads, groups, scale)
-    attributes = {"keep": keep, "num_heads": heads, "num_kv_heads": groups, "scale": scale}
+    attributes: dict[str, Any] = {"keep": keep, "num_heads": heads, "num_kv_heads": groups, "scale": scale}
     (slots,) = run("RerouteSelect", tensors, attributes, [TensorProto.INT64])
     np.testing.assert_array_equal(slots, expected.numpy())
     if case == "all-tied":
@@ -96,7 +98,7 @@ def test_attention_is_the_same_in_torch_and_onnx(rows: int, length: int, groups:
     k, v = torch.randn(1, rows, groups * 8), torch.randn(1, rows, groups * 8)
     kv_len = torch.tensor([length], dtype=torch.int32)
     expected = ops.attention(q, k, v, *past, kv_len, 4, groups, 8**-0.5)
-    attributes = {"num_heads": 4, "num_kv_heads": groups, "scale": 8**-0.5}
+    attributes: dict[str, Any] = {"num_heads": 4, "num_kv_heads": groups, "scale": 8**-0.5}
     measured = run("RerouteAttention", [q, k, v, *past, kv_len], attributes, [TensorProto.FLOAT] * 3)
     for want, have in zip(expected, measured, strict=True):
         np.testing.assert_allclose(have, want.numpy(), atol=1e-5)
@@ -123,9 +125,7 @@ def test_schema_and_function_have_one_signature(function: onnx.FunctionProto) ->
     assert set(schema.attributes) == set(function.attribute)
 
 
-def run(
-    name: str, tensors: list[torch.Tensor], attributes: dict[str, int | float], outputs: list[int]
-) -> list[np.ndarray]:
+def run(name: str, tensors: list[torch.Tensor], attributes: dict[str, Any], outputs: list[int]) -> list[np.ndarray]:
     """Run one op's ONNX function in ONNX Runtime, the body that travels with every export."""
     function = next(function for function in onnx_ops.functions() if function.name == name)
     values = [tensor.contiguous().numpy() for tensor in tensors]
