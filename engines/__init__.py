@@ -109,10 +109,10 @@ def _check(folder: Path) -> dict[str, object]:
 
     report = check_bundle(folder)
     if not report.passed:
-        failed = [f"{row.part}, {row.quantity}: {row.measured} (gate: {row.gate})" for row in report.rows]
-        bad = [text for text, row in zip(failed, report.rows, strict=True) if not row.passed]
+        failed = [row for row in report.rows if not row.passed]
+        listed = "; ".join(f"{row.part}, {row.quantity}: {row.measured} (gate: {row.gate})" for row in failed)
         raise GateError(
-            f"the engine does not reproduce the reference: {'; '.join(bad)}",
+            f"the engine does not reproduce the reference: {listed}",
             hint="nothing was written; --no-check keeps the bundle so that `reroute check` can show all rows",
         )
     return report.to_dict()

@@ -131,6 +131,8 @@ class RoutedDecoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = Norm(model.hidden_size, model.rms_norm_eps)
         self.lm_head = Linear(model.hidden_size, model.vocab_size)
+        # A list here is given what each decision ranked: (candidates [B, N], their scores [B, N]).
+        self.decisions: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(
         self,
@@ -185,10 +187,12 @@ class RoutedDecoder(nn.Module):
         return Output(logits, routes, present)
 
     def choose(self, q_last: Tensor, keys: Tensor, candidates: Tensor, always: Tensor, keep: int) -> Tensor:
-        """The decision: see `reroute.export.ops.select`. A method, so that a reference can record the scores."""
-        m = self.model
-        scale = m.head_dim**-0.5
-        return ops.select(q_last, keys, candidates, always, keep, m.num_heads, m.num_kv_heads, scale)
+        """The decision, see `reroute.export.ops.select`; recorded when `decisions` is a list."""
+        heads, groups, scale = self.model.num_heads, self.model.num_kv_heads, self.model.head_dim**-0.5
+        if self.decisions is not None:
+            scores = ops.last_row_scores(q_last, keys, heads, groups, scale)
+            self.decisions.append((candidates, scores.gather(1, candidates)))
+        return ops.select(q_last, keys, candidates, always, keep, heads, groups, scale)
 
 
 def places_after(chosen: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

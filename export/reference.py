@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reroute.export import ops
 from reroute.export.decoder import Cache, Output, RoutedDecoder
 from reroute.manifest import Model
 from reroute.routing import Schedule
@@ -37,23 +36,13 @@ class RecordingDecoder:
             length + len(text_slots) + stage.visual_rows(len(visual_slots))
             for length, stage in zip(self.lengths, self.schedule.stages, strict=True)
         ]
-        self.decisions = []
-        original = self.decoder.choose
-
-        def choose(q_last: Tensor, keys: Tensor, candidates: Tensor, always: Tensor, keep: int) -> Tensor:
-            scores = ops.last_row_scores(
-                q_last, keys, self.text.num_heads, self.text.num_kv_heads, self.text.head_dim**-0.5
-            )
-            self.decisions.append((candidates, scores.gather(1, candidates)))
-            return original(q_last, keys, candidates, always, keep)
-
-        self.decoder.choose = choose  # type: ignore[method-assign]
+        kv_len = torch.tensor(lengths, dtype=torch.int32)
+        self.decoder.decisions = self.decisions = []
         try:
-            kv_len = torch.tensor(lengths, dtype=torch.int32)
             with torch.no_grad():
                 output = self.decoder(input_ids, visual_embeds, text_slots, visual_slots, cos, sin, kv_len, self.past)
         finally:
-            del self.decoder.choose
+            self.decoder.decisions = None
         self.past, self.lengths = output.present, lengths
         return output
 

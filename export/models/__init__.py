@@ -49,8 +49,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     model_type = checkpoint.config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        supported = "; ".join(f"{key} ({value.names})" for key, value in FAMILIES.items())
-        near = nearest(str(model_type), FAMILIES).partition("? ")
-        prefix = near[0] + "? " if near[1] else ""
-        raise UserError(f"model type {model_type!r} is not supported", hint=f"{prefix}supported: {supported}")
+        supported = "; ".join(value.names for value in FAMILIES.values())
+        hint = f"{nearest(str(model_type), FAMILIES)} ({supported})"
+        raise UserError(f"model type {model_type!r} is not supported", hint=hint)
     return family

@@ -71,7 +71,8 @@ def parse_config(checkpoint: Checkpoint) -> Any:
 def read(checkpoint: Checkpoint) -> Model:
     """Check config, tensors' names and shapes, tokenizer and processor, and describe the model."""
     config = parse_config(checkpoint)
-    text, vision, image = text_model(config), vision_model(config), image_processing(checkpoint)
+    text, vision = text_model(config, tied=ties(checkpoint, config)), vision_model(config)
+    image = image_processing(checkpoint)
     if (image.crop_height, image.crop_width) != (vision.image_size, vision.image_size):
         raise UserError(
             f"the image processor crops to {image.crop_height} x {image.crop_width}, the vision tower takes "
@@ -84,7 +85,6 @@ def read(checkpoint: Checkpoint) -> Model:
         tower = VisionTower(config)
     for name, tensor in tower.state_dict().items():
         checkpoint.require(name, tuple(tensor.shape))
-    head = 0 if config_ties(config) else checkpoint.count("lm_head.")
     vision_parameters = sum(tensor.numel() for tensor in tower.state_dict().values())
     return Model(
         model_type="llava",
@@ -92,17 +92,21 @@ def read(checkpoint: Checkpoint) -> Model:
         vision=vision,
         image=image,
         tokens=tokens(checkpoint, config),
-        num_parameters={"decoder": checkpoint.count("language_model.") + head, "vision": vision_parameters},
+        num_parameters={
+            "decoder": checkpoint.count("language_model.") + checkpoint.count("lm_head."),
+            "vision": vision_parameters,
+        },
         checkpoint_sha256=checkpoint.sha256,
     )
 
 
-def config_ties(config: Any) -> bool:
-    """Whether lm_head shares the embedding; the outer and the text config may both say so."""
-    return bool(config.tie_word_embeddings or getattr(config.text_config, "tie_word_embeddings", False))
+def ties(checkpoint: Checkpoint, config: Any) -> bool:
+    """Whether lm_head is the embedding. As in transformers, an lm_head of its own in the weights is the last word."""
+    wanted = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    return bool(wanted) and "lm_head.weight" not in checkpoint.entries
 
 
-def text_model(config: Any) -> TextModel:
+def text_model(config: Any, *, tied: bool) -> TextModel:
     """Shape of the decoder."""
     text = config.text_config
     return TextModel(
@@ -116,7 +120,7 @@ def text_model(config: Any) -> TextModel:
         rms_norm_eps=text.rms_norm_eps,
         rope_theta=float(text.rope_parameters["rope_theta"]),
         max_position_embeddings=text.max_position_embeddings,
-        tie_word_embeddings=config_ties(config),
+        tie_word_embeddings=tied,
     )
 
 
@@ -152,13 +156,8 @@ def feature_layers(config: Any) -> list[int]:
 
 def decoder_shapes(config: Any, text: TextModel) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes of all decoder tensors that the config implies."""
-    q, kv, size, inner = (
-        text.num_heads * text.head_dim,
-        text.num_kv_heads * text.head_dim,
-        text.hidden_size,
-        0,
-    )
-    inner = text.intermediate_size
+    q, kv = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    size, inner = text.hidden_size, text.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
         "language_model.embed_tokens.weight": (text.vocab_size, size),
         "language_model.norm.weight": (size,),

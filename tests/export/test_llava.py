@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def test_keeping_everything_equals_transformers(name: str, tmp_path: Path) -> No
     """keep = 1 everywhere: prompt and greedy tokens of HF's model, vision features of its tower."""
     folder = make_llava(tmp_path / "checkpoint", SIZES[name])
     _compare_with_transformers(folder, "reroute@1,3:keep=1.0,1.0", tokens=16)
+
+
+def test_an_lm_head_of_its_own_wins_over_a_config_that_ties(tmp_path: Path) -> None:
+    """transformers does not tie two tensors that differ, whatever config.json says."""
+    folder = make_llava(tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    _compare_with_transformers(folder, "reroute@1,3:keep=1.0,1.0", tokens=4)
 
 
 @pytest.mark.slow
