@@ -85,9 +85,7 @@ def engine(path: Path, args: argparse.Namespace) -> tuple[str, Callable[[], Samp
         num_images=1,
         tokens_per_image=model.vision.tokens_per_image,
     )
-    token = Layout(
-        input_ids=words[:1], text_slots=np.zeros(1, dtype=np.int64), visual_slots=np.zeros(0, dtype=np.int64)
-    )
+    token = Layout.of_text(words[:1].tolist())
     rotary = Rotary(head_dim=model.text.head_dim, theta=model.text.rope_theta, rows=manifest.cache_rows[0])
     nothing = np.zeros((1, 0, model.text.hidden_size), dtype=np.float32)
 

@@ -1,6 +1,6 @@
 """Export: a Hugging Face checkpoint becomes ONNX graphs, a manifest and a recorded torch reference.
 
-    read_model           config, tensor names and shapes, tokenizer, processor   -> manifest.Model   (no weights read)
+    read_model           config, tensor names and shapes, tokenizer, processor   -> manifest.Model   (weights hashed)
     build_decoder        weights into the paper's decoder with a fixed schedule   -> torch module     (decoder.py)
     trace                one graph for all phases, ops of our own domain          -> decoder.onnx, vision.onnx
     record               a fixed scenario driven through torch                    -> reference.npz
@@ -32,7 +32,7 @@ Progress = Callable[[str], None]
 
 
 def read_model(checkpoint: Path) -> Model:
-    """Describe the model of a checkpoint directory from its headers alone. Raises UserError."""
+    """Describe the model of a checkpoint directory from headers and a hash of the weights. Raises UserError."""
     from reroute.export.models import family_of
 
     opened = Checkpoint.open(checkpoint)

@@ -1,6 +1,7 @@
 """Reading a Hugging Face checkpoint directory without trusting it: safetensors only, no pickle, no remote code.
 
-Opening looks at the headers alone, so a plan for a 7B model costs milliseconds; tensors are read one at a time.
+Opening looks at the headers alone; tensors are read one at a time. The fingerprint (`sha256`) reads every
+shard once.
 """
 
 from __future__ import annotations

@@ -46,11 +46,14 @@ class RecordingDecoder:
         self.past, self.lengths = output.present, lengths
         return output
 
+    def run_text(self, input_ids: Tensor) -> Output:
+        """Run text tokens [1, T] without an image."""
+        embeds = torch.zeros(1, 0, self.text.hidden_size)
+        return self.step(input_ids, embeds, torch.arange(input_ids.shape[1]), torch.zeros(0, dtype=torch.int64))
+
     def decode(self, token: int) -> Output:
         """Run one text token."""
-        embeds = torch.zeros(1, 0, self.text.hidden_size)
-        empty = torch.zeros(0, dtype=torch.int64)
-        return self.step(torch.tensor([[token]]), embeds, torch.zeros(1, dtype=torch.int64), empty)
+        return self.run_text(torch.tensor([[token]]))
 
     def greedy(self, logits: Tensor, count: int) -> list[int]:
         """`count` greedy tokens that follow `logits` [1, V]; all of them but the last are run."""
@@ -96,9 +99,7 @@ def record(decoder: RoutedDecoder, tower: torch.nn.Module, model: Model, scenari
     arrays["tokens"] = np.asarray(tokens, dtype=np.int64)
 
     turn = torch.from_numpy(np.concatenate([tokens[-1:], scenario.turn_ids]))[None]
-    empty = torch.zeros(0, dtype=torch.int64)
-    embeds = torch.zeros(1, 0, model.text.hidden_size)
-    arrays["turn.logits"] = run.step(turn, embeds, torch.arange(turn.shape[1]), empty).logits.numpy()
+    arrays["turn.logits"] = run.run_text(turn).logits.numpy()
     for layer, cache in enumerate(run.past):
         rows = run.lengths[decoder.schedule.stage_of_layer(layer)]
         for part, tensor in zip(("key", "value"), cache, strict=True):

@@ -61,6 +61,15 @@ class Layout:
         """N, the visual tokens of the step."""
         return len(self.visual_slots)
 
+    @classmethod
+    def of_text(cls, token_ids: Sequence[int]) -> Layout:
+        """A step of text alone. Unlike `lay_out`, a placeholder's id is text here: a model may sample it."""
+        return cls(
+            input_ids=np.asarray(token_ids, dtype=np.int64),
+            text_slots=np.arange(len(token_ids), dtype=np.int64),
+            visual_slots=np.zeros(0, dtype=np.int64),
+        )
+
     def after(self, token_id: int) -> Layout:
         """The same step with one text token in front, whatever its id: a model may even sample a placeholder."""
         return Layout(

@@ -287,11 +287,7 @@ class Session:
 
     def _decode(self, token: int) -> np.ndarray:
         """Run one sampled token. Returns logits float32 [1, V]."""
-        place = Layout(
-            input_ids=np.asarray([token], dtype=np.int64),
-            text_slots=np.zeros(1, dtype=np.int64),
-            visual_slots=np.zeros(0, dtype=np.int64),
-        )
+        place = Layout.of_text([token])
         nothing = np.zeros((1, 0, self.manifest.model.text.hidden_size), dtype=self.manifest.dtype)
         outputs = self.backend.step(place.inputs(nothing, self._rotary, int(self.backend.lengths[0])))
         self._pending = None

@@ -147,8 +147,12 @@ def scenario_of(bundle: Bundle, *, image: Path | None, prompt: str | None, token
     return inputs
 
 
-def check_fits(inputs: Scenario, manifest: Manifest) -> None:
-    """Refuse a scenario that is longer than the bundle's sessions, or has not one image. Raises UserError."""
+def check_fits(inputs: Scenario, manifest: Manifest) -> Layout:
+    """The layout of a scenario's prompt.
+
+    Raises:
+        UserError: the scenario is longer than the bundle's sessions, or has not one image.
+    """
     tokens = manifest.model.tokens
     layout = lay_out(
         inputs.prompt_ids.tolist(),
@@ -164,40 +168,25 @@ def check_fits(inputs: Scenario, manifest: Manifest) -> None:
             f"the scenario has {needed} text tokens, the bundle's capacity is {manifest.capacity.max_text}",
             hint="export with a larger --max-text, or check fewer --tokens",
         )
+    return layout
 
 
 def replay(backend: Backend, manifest: Manifest, expected: Arrays) -> Arrays:
     """Drive an engine through the scenario of a reference; arrays by the same names."""
     inputs = Scenario.from_arrays(expected)
     model = manifest.model
-    check_fits(inputs, manifest)
+    prompt = check_fits(inputs, manifest)
     rows = manifest.capacity.max_text + max(1, manifest.capacity.max_images) * model.vision.tokens_per_image
     rotary = Rotary(head_dim=model.text.head_dim, theta=model.text.rope_theta, rows=rows)
     backend.reset()
     measured: Arrays = {"visual_embeds": backend.encode(inputs.pixel_values)}
 
-    def prompt(ids: np.ndarray, embeds: np.ndarray) -> StepInputs:
-        layout = lay_out(
-            ids.tolist(),
-            image_token=model.tokens.image_token,
-            image_token_id=model.tokens.image_token_id,
-            num_images=len(embeds),
-            tokens_per_image=model.vision.tokens_per_image,
-        )
-        return layout.inputs(embeds, rotary, 0)
-
     def text(ids: Sequence[int]) -> StepInputs:
-        # Not through lay_out: a greedy token may be the image placeholder's id, and is text all the same.
-        layout = Layout(
-            input_ids=np.asarray(ids, dtype=np.int64),
-            text_slots=np.arange(len(ids), dtype=np.int64),
-            visual_slots=np.zeros(0, dtype=np.int64),
-        )
         no_image = np.zeros((0, model.vision.tokens_per_image, model.text.hidden_size), dtype=np.float32)
-        return layout.inputs(no_image, rotary, int(backend.lengths[0]))
+        return Layout.of_text(ids).inputs(no_image, rotary, int(backend.lengths[0]))
 
     # The engine's own vision features go in, so that the whole chain is what is compared.
-    outputs = backend.step(prompt(inputs.prompt_ids, measured["visual_embeds"]))
+    outputs = backend.step(prompt.inputs(measured["visual_embeds"], rotary, 0))
     measured["prompt.logits"] = outputs.logits.copy()
     measured |= {f"routes.{stage}": route for stage, route in enumerate(outputs.routes, start=1)}
     tokens, margins = [int(outputs.logits.argmax())], [_margin(outputs.logits)]
