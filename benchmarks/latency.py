@@ -33,7 +33,7 @@ from reroute import scenario as scenarios
 from reroute.runtime.backend import BackendOptions, open_backend
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import Layout, lay_out
-from reroute.runtime.rope import Rotary
+from reroute.runtime.positions import Positions
 
 Sample = dict[str, float]
 
@@ -83,29 +83,29 @@ def engine(path: Path, args: argparse.Namespace) -> tuple[str, Callable[[], Samp
         image_token=model.tokens.image_token,
         image_token_id=model.tokens.image_token_id,
         num_images=1,
-        tokens_per_image=model.vision.tokens_per_image,
+        tokens_per_image=manifest.schedule.entering(model.vision.tokens_per_image),
     )
     token = Layout.of_text(words[:1].tolist())
-    rotary = Rotary(head_dim=model.text.head_dim, theta=model.text.rope_theta, rows=manifest.cache_rows[0])
-    nothing = np.zeros((1, 0, model.text.hidden_size), dtype=np.float32)
+    positions = Positions(manifest)
 
     def run() -> Sample:
         backend.reset()
         start = time.perf_counter()
-        embeds = backend.encode(probe.pixel_values)
+        visual = backend.encode(probe.pixel_values)
         vision = time.perf_counter() - start
-        inputs = prompt.inputs(embeds, rotary, 0)
+        inputs = positions.inputs(prompt, visual, backend.lengths)
         start = time.perf_counter()
         backend.step(inputs)
         prefill = time.perf_counter() - start
         start = time.perf_counter()
         for _ in range(args.tokens):
-            backend.step(token.inputs(nothing, rotary, int(backend.lengths[0])))
+            backend.step(positions.inputs(token, None, backend.lengths, images_before=1))
         decode = (time.perf_counter() - start) / args.tokens
         return {"vision_ms": vision * 1e3, "prefill_ms": prefill * 1e3, "decode_ms": decode * 1e3}
 
     stages = manifest.schedule.stages
-    rows = sum(s.num_layers * (args.text + s.visual_rows(model.vision.tokens_per_image)) for s in stages)
+    entering = manifest.schedule.entering(model.vision.tokens_per_image)
+    rows = sum(s.num_layers * (args.text + s.visual_rows(entering)) for s in stages)
     about = {
         "routing": manifest.routing,
         "average_visual_tokens": manifest.average_visual_tokens,

@@ -24,7 +24,8 @@ from reroute.errors import UserError
 from reroute.export.checkpoint import Checkpoint, read_json
 from reroute.folders import check_output, whole_folder
 from reroute.manifest import Capacity, Manifest, Model, file_table
-from reroute.routing import RoutingSpec, Schedule
+from reroute.routing import RoutingSpec
+from reroute.schedule import Schedule
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "numpy")
@@ -41,8 +42,7 @@ def read_model(checkpoint: Path) -> Model:
 
 def resolve(routing: str, model: Model) -> Schedule:
     """The schedule that a routing spec means for a model. Raises UserError."""
-    spec = RoutingSpec.parse(routing)
-    return spec.resolve(num_layers=model.text.num_layers, num_visual=model.vision.tokens_per_image)
+    return cost.resolve(RoutingSpec.parse(routing), model)
 
 
 def export_checkpoint(
@@ -81,14 +81,15 @@ def export_checkpoint(
     template = chat_template(opened)
     with whole_folder(output, force=force) as folder:
         tell("reading the weights")
-        decoder, tower = family.build_decoder(opened, model, schedule), family.build_vision(opened, model)
+        decoder = family.build_decoder(opened, model, schedule)
+        tower = family.build_vision(opened, model, schedule)
         tell("tracing the decoder")
         graph = trace.trace_decoder(decoder)
         inputs, outputs = trace.decoder_inputs(decoder), trace.decoder_outputs(decoder)
         parts = {"decoder": trace.save(graph, folder, "decoder", inputs, outputs)}
         tell("tracing the vision tower")
-        graph = trace.trace_vision(tower, model)
-        inputs, outputs = trace.vision_inputs(model), trace.vision_outputs(model)
+        graph = trace.trace_vision(tower, model, schedule)
+        inputs, outputs = trace.vision_inputs(model), trace.vision_outputs(model, schedule)
         parts["vision"] = trace.save(graph, folder, "vision", inputs, outputs)
         tell("recording the torch reference")
         room = capacity.max_text - scenario.text_tokens(0)

@@ -2,8 +2,12 @@
 
 Reroute (arXiv 2606.12412), in the stagewise form that is exported: at a decision layer *all* visual rows compete again,
 the winners and the text rows run compactly through the stage, and only the next decision puts them back into the full
-sequence. Rows that wait keep their hidden state bit for bit. Removal (PyramidDrop, arXiv 2410.17247, with original
-positions) differs in one line: what competes is only what still runs.
+sequence. Rows that wait keep their hidden state bit for bit. Removal (FastV, arXiv 2403.06764; PyramidDrop, arXiv
+2410.17247) differs in one line: what competes is only what still runs.
+
+A decision ranks by the attention of the last row in its *scoring layer*. That is the decision layer itself (`own`, the
+Reroute and PyramidDrop code), or the layer before it (`previous`, FastV's code, which reads the attention that this
+layer computed anyway). Rows that wait have no attention there: their keys are projected from the state they wait in.
 
 One graph serves prefill (N > 0), later turns, text-only prompts and decode (N = 0, T = 1), because every budget acts as
 min(K, N). Inputs and outputs of `RoutedDecoder.forward`; B batch, T text rows, N visual rows, S = T + N, D hidden size:
@@ -13,7 +17,7 @@ min(K, N). Inputs and outputs of `RoutedDecoder.forward`; B batch, T text rows, 
 | input_ids | int64 | [B, T] | text tokens of this step, no image placeholders; T >= 1 |
 | visual_embeds | float | [B, N, D] | projected visual tokens |
 | text_slots, visual_slots | int64 | [T], [N] | places in this step: ascending, disjoint, complete; the last is text |
-| rope_cos, rope_sin | float | [S, d/2] | rotary rows of this step's positions |
+| rope_cos, rope_sin | float | [S, d/2] | rotary rows of this step's slots; renumbered: [stages, S, d/2], see below |
 | kv_len | int32 | [stages] | valid cache rows of each stage after this step |
 | past | float | [B, G, C_stage, d] | key and value cache of each layer, fixed capacity |
 
@@ -22,6 +26,11 @@ min(K, N). Inputs and outputs of `RoutedDecoder.forward`; B batch, T text rows, 
 | logits | [B, V] float32 | of the last row |
 | routes | int64 [B, T + min(K_s, N)] for each routed stage | slots that ran |
 | present | as past | the caches, updated |
+
+With renumbered positions (PyramidDrop's code) the rows left after a removal are counted anew, and decode goes on from
+there: row i of stage s stands at position `rows of stage s in the cache before this step` + i. Every stage has a rotary
+table of its own, and a row's place among those that run is its index. Ranking still sees the numbers of the stage
+before.
 """
 
 from __future__ import annotations
@@ -33,7 +42,7 @@ from torch import Tensor, nn
 
 from reroute.export import ops
 from reroute.manifest import TextModel
-from reroute.routing import Schedule
+from reroute.schedule import Schedule
 
 Cache = tuple[Tensor, Tensor]
 
@@ -44,6 +53,44 @@ class Output(NamedTuple):
     logits: Tensor
     routes: list[Tensor]
     present: list[Cache]
+
+
+class Rows:
+    """The rows of a step while it runs: which of them run, and where they stand.
+
+    Attributes:
+        h: [B, A, D], the rows that run.
+        slots: int64 [B, A], their places in the step, ascending.
+        text, visual: int64 [B, T] and [B, N], the rows of `h` that always run and those that compete, at the time of
+            `compete`.
+        some_wait: whether there are rows that do not run and may come back.
+    """
+
+    def __init__(self, h: Tensor, text: Tensor, visual: Tensor, action: str) -> None:
+        self.h, self.text, self.visual = h, text, visual
+        self.full = h
+        self.slots = self.all = indices(h)
+        self.recoverable, self.some_wait = action == "reroute", False
+
+    def compete(self) -> None:
+        """All rows that may still run take part: what ran goes back to its place, what waited is still there."""
+        if self.some_wait:
+            self.h = ops.scatter(self.full, self.slots, self.h)
+        self.slots, self.some_wait = self.all if self.recoverable else self.slots, False
+
+    def take(self, chosen: Tensor) -> None:
+        """Run only the rows `chosen`, int64 [B, A], of those that compete."""
+        if self.recoverable:
+            self.full, self.slots, self.some_wait = self.h, chosen, True
+        else:
+            self.slots = self.slots.gather(1, chosen)
+            self.text, self.visual = places_after(chosen, self.text)
+        self.h = ops.gather(self.h, chosen)
+
+
+def indices(h: Tensor) -> Tensor:
+    """0, 1, 2, ... for the rows of each batch item of `h` [B, A, D]: int64 [B, A]."""
+    return torch.arange(h.shape[1], device=h.device).expand(h.shape[0], -1)
 
 
 class Linear(nn.Module):
@@ -96,12 +143,12 @@ class Layer(nn.Module):
         self.down_proj = Linear(model.intermediate_size, size, bias=mlp_bias)
 
     def query(self, x: Tensor, rope: Cache, slots: Tensor) -> Tensor:
-        """Rotated queries [B, A, H*d] of normed rows `x` at `slots`."""
+        """Rotated queries [B, A, H*d] of normed rows `x` at table rows `slots`."""
         return ops.rotary(self.q_proj(x), *rope, slots, self.model.num_heads)
 
-    def key(self, x: Tensor, rope: Cache, slots: Tensor) -> Tensor:
-        """Rotated keys [B, A, G*d] of normed rows `x` at `slots`."""
-        return ops.rotary(self.k_proj(x), *rope, slots, self.model.num_kv_heads)
+    def rotate(self, key: Tensor, rope: Cache, slots: Tensor) -> Tensor:
+        """Projected keys [B, A, G*d] rotated by the table rows `slots`."""
+        return ops.rotary(key, *rope, slots, self.model.num_kv_heads)
 
     def forward(
         self, h: Tensor, x: Tensor, key: Tensor, rope: Cache, slots: Tensor, kv_len: Tensor, past: Cache
@@ -146,53 +193,66 @@ class RoutedDecoder(nn.Module):
         past: list[Cache],
     ) -> Output:
         """One step; see the module docstring for every shape."""
-        rope = (rope_cos, rope_sin)
+        schedule = self.schedule
+        own, renumbered = schedule.scoring == "own", schedule.positions == "renumbered"
         batch = input_ids.shape[0]
         text, visual = text_slots.expand(batch, -1), visual_slots.expand(batch, -1)
+        tokens = torch.cat([torch.nn.functional.embedding(input_ids, self.embed), visual_embeds], dim=1)
+        rows = Rows(ops.scatter(tokens, torch.cat([text, visual], dim=1), tokens), text, visual, schedule.action)
 
-        # Every row of the step in sequence order. `slots` says where each of the rows `h` stands in it.
-        order = torch.cat([text, visual], dim=1)
-        rows = torch.cat([torch.nn.functional.embedding(input_ids, self.embed), visual_embeds], dim=1)
-        h = full = ops.scatter(rows, order, rows)
-        slots = everything = torch.arange(order.shape[1], device=order.device).expand(batch, -1)
+        def rope(stage: int) -> tuple[Cache, Tensor]:
+            """Rotary table of a stage, and its rows that belong to the rows that run."""
+            if renumbered:
+                return (rope_cos[stage], rope_sin[stage]), indices(rows.h)
+            return (rope_cos, rope_sin), rows.slots
 
         routes: list[Tensor] = []
         present: list[Cache] = []
         lengths = kv_len.split(1)
-        for number, stage in enumerate(self.schedule.stages):
+        # The last row's query and the candidates' keys, for a decision in the next layer.
+        ballot: tuple[Tensor, Tensor] | None = None
+        for number, stage in enumerate(schedule.stages):
             for index in range(stage.start, stage.stop):
                 layer: Layer = self.layers[index]  # type: ignore[assignment]
-                if stage.keep is not None and index == stage.start:
-                    if self.schedule.action == "reroute":
-                        # All rows compete again: what ran goes back to its place, what waited is still there.
-                        h = full = ops.scatter(full, slots, h)
-                        slots = everything
-                    x = layer.input_norm(h)
-                    key = layer.key(x, rope, slots)
-                    q_last = layer.query(x[:, -1:], rope, slots[:, -1:])
-                    chosen = self.choose(q_last[:, 0], key, visual, text, stage.keep)
-                    h, x, key = (ops.gather(rows, chosen) for rows in (h, x, key))
-                    if self.schedule.action == "reroute":
-                        slots = chosen
-                    else:
-                        slots = slots.gather(1, chosen)
-                        text, visual = places_after(chosen, text)
-                    routes.append(slots)
+                if ballot is not None and stage.keep is not None:
+                    rows.compete()
+                    rows.take(self.choose(*ballot, rows, stage.keep))
+                    routes.append(rows.slots)
+                    ballot = None
+                if index not in schedule.scoring_layers:
+                    x = layer.input_norm(rows.h)
+                    key = layer.rotate(layer.k_proj(x), *rope(number))
                 else:
-                    x = layer.input_norm(h)
-                    key = layer.key(x, rope, slots)
-                h, cache = layer(h, x, key, rope, slots, lengths[number], past[index])
+                    ran = rows.slots if rows.some_wait else None
+                    rows.compete()
+                    x = layer.input_norm(rows.h)
+                    raw = layer.k_proj(x)
+                    table, places = rope(number - own)
+                    key = layer.rotate(raw, table, places)
+                    query = layer.query(x[:, -1:], table, places[:, -1:])[:, 0]
+                    if own:
+                        assert stage.keep is not None
+                        ran = self.choose(query, key, rows, stage.keep)
+                    else:
+                        ballot = (query, key)
+                    if ran is not None:
+                        rows.take(ran)
+                        x = ops.gather(x, ran)
+                        key = layer.rotate(ops.gather(raw, ran), *rope(number)) if renumbered else ops.gather(key, ran)
+                    if own:
+                        routes.append(rows.slots)
+                rows.h, cache = layer(rows.h, x, key, *rope(number), lengths[number], past[index])
                 present.append(cache)
-        logits = self.lm_head(self.norm(h[:, -1])).float()
+        logits = self.lm_head(self.norm(rows.h[:, -1])).float()
         return Output(logits, routes, present)
 
-    def choose(self, q_last: Tensor, keys: Tensor, candidates: Tensor, always: Tensor, keep: int) -> Tensor:
+    def choose(self, q_last: Tensor, keys: Tensor, rows: Rows, keep: int) -> Tensor:
         """The decision, see `reroute.export.ops.select`; recorded when `decisions` is a list."""
         heads, groups, scale = self.model.num_heads, self.model.num_kv_heads, self.model.head_dim**-0.5
         if self.decisions is not None:
             scores = ops.last_row_scores(q_last, keys, heads, groups, scale)
-            self.decisions.append((candidates, scores.gather(1, candidates)))
-        return ops.select(q_last, keys, candidates, always, keep, heads, groups, scale)
+            self.decisions.append((rows.visual, scores.gather(1, rows.visual)))
+        return ops.select(q_last, keys, rows.visual, rows.text, keep, heads, groups, scale)
 
 
 def places_after(chosen: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -247,4 +247,13 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         return emit
 
-    return {getattr(torch.ops.reroute, key).default: translate(*entry) for key, entry in _ONNX_NAMES.items()}
+    table = {getattr(torch.ops.reroute, key).default: translate(*entry) for key, entry in _ONNX_NAMES.items()}
+    return table | {torch.ops.aten.sort.stable: _stable_sort}
+
+
+def _stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """The exporter knows the unstable sort only. TopK is stable in ONNX: of equals the lower index comes first."""
+    standard = Opset("", OPSET)
+    end = {} if dim == -1 else {"end": dim + 1}
+    length = standard.Shape(x, start=dim, **end)
+    return standard.TopK(x, length, axis=dim, largest=int(descending), sorted=1)

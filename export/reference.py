@@ -8,8 +8,10 @@ from torch import Tensor
 
 from reroute.export.decoder import Cache, Output, RoutedDecoder
 from reroute.manifest import Model
-from reroute.routing import Schedule
 from reroute.scenario import Arrays, Scenario
+from reroute.schedule import Schedule
+
+Visual = tuple[Tensor, Tensor | None]
 
 
 class RecordingDecoder:
@@ -17,6 +19,7 @@ class RecordingDecoder:
 
     Attributes:
         lengths: valid cache rows of each stage.
+        position: of the next row, where rows keep their positions.
         decisions: for each decision of the last step, (candidates [B, N], their scores [B, N]).
     """
 
@@ -24,14 +27,36 @@ class RecordingDecoder:
         self.decoder = decoder
         self.text, self.schedule = decoder.model, decoder.schedule
         self.lengths = [0] * len(self.schedule.stages)
+        self.position = 0
         self.decisions: list[tuple[Tensor, Tensor]] = []
         shape = (batch, self.text.num_kv_heads, capacity, self.text.head_dim)
         self.past: list[Cache] = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(self.text.num_layers)]
 
-    def step(self, input_ids: Tensor, visual_embeds: Tensor, text_slots: Tensor, visual_slots: Tensor) -> Output:
-        """Run one step at the next positions; shapes as in `reroute.export.decoder`."""
+    def step(
+        self,
+        input_ids: Tensor,
+        visual_embeds: Tensor,
+        text_slots: Tensor,
+        visual_slots: Tensor,
+        *,
+        offsets: Tensor | None = None,
+        span: int | None = None,
+    ) -> Output:
+        """Run one step at the next positions; shapes as in `reroute.export.decoder`.
+
+        Args:
+            input_ids: text tokens.
+            visual_embeds: visual tokens.
+            text_slots: places of the text.
+            visual_slots: places of the visual tokens.
+            offsets: int64 [S], position of each row from the step's first on; None: one after the other.
+            span: positions that the step takes; None: one for each row.
+        """
         count = len(text_slots) + len(visual_slots)
-        cos, sin = rotary_rows(self.text.head_dim, self.text.rope_theta, self.lengths[0], count)
+        offsets = torch.arange(count) if offsets is None else offsets
+        starts = self.lengths if self.schedule.positions == "renumbered" else [self.position]
+        tables = [rotary_rows(self.text.head_dim, self.text.rope_theta, start + offsets) for start in starts]
+        cos, sin = (torch.stack(rows) if len(starts) > 1 else rows[0] for rows in zip(*tables, strict=True))
         lengths = [
             length + len(text_slots) + stage.visual_rows(len(visual_slots))
             for length, stage in zip(self.lengths, self.schedule.stages, strict=True)
@@ -44,6 +69,7 @@ class RecordingDecoder:
         finally:
             self.decoder.decisions = None
         self.past, self.lengths = output.present, lengths
+        self.position += count if span is None else span
         return output
 
     def run_text(self, input_ids: Tensor) -> Output:
@@ -63,10 +89,10 @@ class RecordingDecoder:
         return tokens
 
 
-def rotary_rows(head_dim: int, theta: float, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [count, d/2] of positions start .. start + count - 1, as transformers' LlamaRotaryEmbedding."""
+def rotary_rows(head_dim: int, theta: float, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, d/2] of positions int64 [S], as transformers' LlamaRotaryEmbedding."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    angles = torch.arange(start, start + count).float()[:, None] * frequencies
+    angles = positions.float()[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -78,27 +104,46 @@ def place_image(ids: np.ndarray, image_token: int, num_visual: int) -> tuple[Ten
     return text_ids, torch.from_numpy(np.flatnonzero(~visual)), torch.from_numpy(np.flatnonzero(visual))
 
 
+def run_prompt(run: RecordingDecoder, ids: np.ndarray, image_token: int, tokens: int, visual: Visual) -> Output:
+    """Run a prompt with one image of `tokens` positions, of which the tower may have dropped some."""
+    embeds, places = visual
+    text_ids, text, image = place_image(ids, image_token, tokens)
+    if places is None:
+        return run.step(text_ids, embeds, text, image)
+    # Rows that are left keep their positions; their slots count only what is there.
+    kept = image[places[0]]
+    offsets = torch.cat([text, kept]).sort().values
+    slots = (torch.searchsorted(offsets, text), torch.searchsorted(offsets, kept))
+    return run.step(text_ids, embeds, *slots, offsets=offsets, span=len(text) + len(image))
+
+
+def encode(tower: torch.nn.Module, pixel_values: Tensor) -> Visual:
+    """Visual tokens of images, and the places of those left where the tower drops some."""
+    with torch.no_grad():
+        made = tower(pixel_values)
+    return made if isinstance(made, tuple) else (made, None)
+
+
 def record(decoder: RoutedDecoder, tower: torch.nn.Module, model: Model, scenario: Scenario) -> Arrays:
     """Run the scenario in torch; the arrays are those of `reroute.scenario`."""
     arrays = scenario.to_arrays()
-    with torch.no_grad():
-        embeds = tower(torch.from_numpy(scenario.pixel_values))
-    arrays["visual_embeds"] = embeds.numpy()
-    ids, text_slots, visual_slots = place_image(
-        scenario.prompt_ids, model.tokens.image_token_id, model.vision.tokens_per_image
-    )
-    turns = len(scenario.turn_ids) + scenario.num_tokens
-    run = RecordingDecoder(decoder, len(text_slots) + len(visual_slots) + turns)
-    prompt = run.step(ids, embeds, text_slots, visual_slots)
+    visual = encode(tower, torch.from_numpy(scenario.pixel_values))
+    arrays["visual_embeds"] = visual[0].numpy()
+    if visual[1] is not None:
+        arrays["visual_places"] = visual[1].numpy()
+    tokens = model.vision.tokens_per_image
+    rows = len(scenario.prompt_ids) + tokens + len(scenario.turn_ids) + scenario.num_tokens
+    run = RecordingDecoder(decoder, rows)
+    prompt = run_prompt(run, scenario.prompt_ids, model.tokens.image_token_id, tokens, visual)
     arrays["prompt.logits"] = prompt.logits.numpy()
     for stage, (route, decision) in enumerate(zip(prompt.routes, run.decisions, strict=True), start=1):
         arrays[f"routes.{stage}"] = route.numpy()
         arrays[f"scores.{stage}"] = decision[1].numpy()
         arrays[f"candidates.{stage}"] = _slots_of(decision[0], prompt.routes, stage, decoder.schedule).numpy()
-    tokens = run.greedy(prompt.logits, scenario.num_tokens)
-    arrays["tokens"] = np.asarray(tokens, dtype=np.int64)
+    answer = run.greedy(prompt.logits, scenario.num_tokens)
+    arrays["tokens"] = np.asarray(answer, dtype=np.int64)
 
-    turn = torch.from_numpy(np.concatenate([tokens[-1:], scenario.turn_ids]))[None]
+    turn = torch.from_numpy(np.concatenate([answer[-1:], scenario.turn_ids]))[None]
     arrays["turn.logits"] = run.run_text(turn).logits.numpy()
     for layer, cache in enumerate(run.past):
         rows = run.lengths[decoder.schedule.stage_of_layer(layer)]

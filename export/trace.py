@@ -21,6 +21,7 @@ from onnxscript import optimizer
 from reroute.export import onnx_ops
 from reroute.export.decoder import RoutedDecoder
 from reroute.manifest import Model, Part, Tensor
+from reroute.schedule import Schedule
 
 Shape = tuple[int | str, ...]
 _AUTO = torch.export.Dim.AUTO
@@ -43,19 +44,22 @@ def trace_decoder(decoder: RoutedDecoder) -> ir.Model:
         return torch.zeros(_BATCH, text.num_kv_heads, capacity[stage_of[layer]], text.head_dim)
 
     half = text.head_dim // 2
+    renumbered = schedule.positions == "renumbered"
+    table = (len(schedule.stages), rows, half) if renumbered else (rows, half)
     args = (
         torch.zeros(_BATCH, _TEXT, dtype=torch.int64),
         torch.zeros(_BATCH, visual, text.hidden_size),
         torch.cat([torch.arange(2), torch.arange(2 + visual, rows)]),
         torch.arange(2, 2 + visual),
-        torch.ones(rows, half),
-        torch.zeros(rows, half),
+        torch.ones(table),
+        torch.zeros(table),
         torch.tensor([_TEXT + stage.visual_rows(visual) for stage in schedule.stages], dtype=torch.int32),
         [(cache(layer), cache(layer)) for layer in range(text.num_layers)],
     )
     two, one = {0: _AUTO, 1: _AUTO}, {0: _AUTO}
     caches = [({0: _AUTO, 2: _AUTO}, {0: _AUTO, 2: _AUTO}) for _ in range(text.num_layers)]
-    model = _export(decoder, args, (two, two, one, one, one, one, None, caches))
+    by_row = {1: _AUTO} if renumbered else one
+    model = _export(decoder, args, (two, two, one, one, by_row, by_row, None, caches))
     _name(model.graph.inputs, [(tensor.name, tensor.shape) for tensor in decoder_inputs(decoder)])
     _name(model.graph.outputs, [(tensor.name, tensor.shape) for tensor in decoder_outputs(decoder)])
     model.graph.name = "decoder"
@@ -66,12 +70,12 @@ def trace_decoder(decoder: RoutedDecoder) -> ir.Model:
     return model
 
 
-def trace_vision(tower: torch.nn.Module, model: Model) -> ir.Model:
-    """The vision graph: pixel_values [M, 3, H, W] to visual_embeds [M, N, D]."""
+def trace_vision(tower: torch.nn.Module, model: Model, schedule: Schedule) -> ir.Model:
+    """The vision graph: pixel_values [M, 3, H, W] to visual_embeds [M, N, D], and their places where it prunes."""
     height, width = model.image.crop_height, model.image.crop_width
     graph = _export(tower, (torch.zeros(2, 3, height, width),), ({0: _AUTO},))
     _name(graph.graph.inputs, [(tensor.name, tensor.shape) for tensor in vision_inputs(model)])
-    _name(graph.graph.outputs, [(tensor.name, tensor.shape) for tensor in vision_outputs(model)])
+    _name(graph.graph.outputs, [(tensor.name, tensor.shape) for tensor in vision_outputs(model, schedule)])
     graph.graph.name = "vision"
     return graph
 
@@ -79,14 +83,15 @@ def trace_vision(tower: torch.nn.Module, model: Model) -> ir.Model:
 def decoder_inputs(decoder: RoutedDecoder) -> list[Tensor]:
     """The I/O table of the decoder graph: inputs in order."""
     text = decoder.model
-    half = text.head_dim // 2
+    half, schedule = text.head_dim // 2, decoder.schedule
+    table = (len(schedule.stages), "S", half) if schedule.positions == "renumbered" else ("S", half)
     step = [
         Tensor(name="input_ids", dtype="int64", shape=("B", "T")),
         Tensor(name="visual_embeds", dtype="float32", shape=("B", "N", text.hidden_size)),
         Tensor(name="text_slots", dtype="int64", shape=("T",)),
         Tensor(name="visual_slots", dtype="int64", shape=("N",)),
-        Tensor(name="rope_cos", dtype="float32", shape=("S", half)),
-        Tensor(name="rope_sin", dtype="float32", shape=("S", half)),
+        Tensor(name="rope_cos", dtype="float32", shape=table),
+        Tensor(name="rope_sin", dtype="float32", shape=table),
         Tensor(name="kv_len", dtype="int32", shape=(len(decoder.schedule.stages),)),
     ]
     return step + _caches(decoder, "past_key_values")
@@ -121,10 +126,12 @@ def vision_inputs(model: Model) -> list[Tensor]:
     return [Tensor(name="pixel_values", dtype="float32", shape=shape)]
 
 
-def vision_outputs(model: Model) -> list[Tensor]:
+def vision_outputs(model: Model, schedule: Schedule) -> list[Tensor]:
     """The I/O table of the vision graph: outputs."""
-    shape = ("M", model.vision.tokens_per_image, model.text.hidden_size)
-    return [Tensor(name="visual_embeds", dtype="float32", shape=shape)]
+    tokens = schedule.entering(model.vision.tokens_per_image)
+    embeds = Tensor(name="visual_embeds", dtype="float32", shape=("M", tokens, model.text.hidden_size))
+    places = Tensor(name="visual_places", dtype="int64", shape=("M", tokens))
+    return [embeds] if schedule.nuwa is None else [embeds, places]
 
 
 def save(model: ir.Model, folder: Path, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Part:

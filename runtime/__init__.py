@@ -6,7 +6,7 @@
 Nothing here imports torch, transformers or onnx, and nothing imports `reroute.export` or `reroute.engines`:
 what a bundle is stands in its manifest. The engine library itself is imported when a backend opens.
 
-    bundle -> chat, image -> layout, rope -> backend (ort) -> sampling, text -> session -> picture
+    bundle -> chat, image -> layout, rope -> backend (ort) -> sampling, text -> session -> picture, page
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from reroute.runtime.backend import Backend as Backend
     from reroute.runtime.backend import BackendOptions as BackendOptions
     from reroute.runtime.bundle import Bundle as Bundle
-    from reroute.runtime.picture import parse_box as parse_box
+    from reroute.runtime.overlay import parse_box as parse_box
+    from reroute.runtime.page import route_page as route_page
     from reroute.runtime.picture import route_picture as route_picture
     from reroute.runtime.sampling import Sampling as Sampling
     from reroute.runtime.session import Session as Session
@@ -37,7 +38,8 @@ _HOME = {
     "Session": "session",
     "Timings": "answer",
     "Token": "text",
-    "parse_box": "picture",
+    "parse_box": "overlay",
+    "route_page": "page",
     "route_picture": "picture",
 }
 

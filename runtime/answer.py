@@ -52,10 +52,12 @@ class Answer:
         token_ids: what was sampled; with `stop_reason` "eos" the last one is the end token.
         stop_reason: "eos", "length" (`max_new_tokens`, or the room left in the caches) or "stop" (a stop
             string).
-        routes: for each routed stage, ascending int64 indices of the question's visual tokens that ran there
-            (several images count on: 0..M*N-1). Empty arrays without an image; no entry for a dense bundle.
+        routes: for each routed stage, ascending int64 places on the grid, row-major, of the question's visual tokens
+            that ran there (several images count on from image to image). Empty arrays without an image; no entry for
+            a dense bundle.
+        entered: the same for the tokens that entered the decoder: all, unless the vision graph dropped some (Nüwa).
         prompt_tokens: text tokens run for the question, with the template's.
-        visual_tokens: visual tokens of the question's images.
+        visual_tokens: visual tokens of the question's images that entered the decoder.
         timings: see `Timings`.
     """
 
@@ -63,6 +65,7 @@ class Answer:
     token_ids: tuple[int, ...]
     stop_reason: str
     routes: tuple[np.ndarray, ...]
+    entered: np.ndarray
     prompt_tokens: int
     visual_tokens: int
     timings: Timings

@@ -11,6 +11,7 @@ import numpy as np
 from reroute.errors import UserError, nearest
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import StepInputs
+from reroute.runtime.positions import VisualTokens
 
 # Backend of a manifest -> module and class. Modules are imported when a bundle of theirs is opened.
 BACKENDS: dict[str, str] = {"ort": "reroute.runtime.ort:OrtBackend"}
@@ -60,7 +61,7 @@ class Backend(Protocol):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Valid cache rows per stage so far, int32 [stages]; entry 0 is also the next position."""
+        """Valid cache rows per stage so far, int32 [stages]."""
         ...
 
     @property
@@ -68,8 +69,8 @@ class Backend(Protocol):
         """Bytes of all caches at their capacity."""
         ...
 
-    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Visual embeddings [M, N, D] of images float32 [M, 3, H, W]."""
+    def encode(self, pixel_values: np.ndarray) -> VisualTokens:
+        """Visual tokens of images float32 [M, 3, H, W]."""
         ...
 
     def step(self, inputs: StepInputs) -> StepOutputs:

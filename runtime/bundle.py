@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,13 @@ class Bundle:
             raise UserError(f"{self.path} has no part {name!r}", hint="build the bundle again")
         # A part outside the file table has no hash and could even point outside the folder.
         return self._listed(part.file)
+
+    @property
+    def vision_sha256(self) -> str:
+        """Of the vision graph and its weights: bundles that share it make the same features of an image."""
+        name = self.manifest.parts["vision"].file
+        own = [f"{file}={entry.sha256}" for file, entry in self.manifest.files.items() if file.startswith(name)]
+        return hashlib.sha256("\n".join(own).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, with truncation and padding off. Raises UserError."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from reroute.errors import UserError
-from reroute.routing import Schedule
-from reroute.runtime.rope import Rotary
+from reroute.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +24,9 @@ class StepInputs:
         text_slots: int64 [T], ascending places of the text tokens in 0..S-1.
         visual_slots: int64 [N], ascending places of the visual tokens; disjoint from and completing
             `text_slots`.
-        rope_cos: float32 [S, head_dim / 2], rows of this step's positions.
-        rope_sin: float32 [S, head_dim / 2].
+        rope_cos: float32 [S, head_dim / 2], rows of this step's positions; [stages, S, head_dim / 2] for a schedule
+            with renumbered positions.
+        rope_sin: the same shape.
     """
 
     input_ids: np.ndarray
@@ -78,22 +78,21 @@ class Layout:
             visual_slots=self.visual_slots + 1,
         )
 
-    def inputs(self, visual_embeds: np.ndarray, rotary: Rotary, start: int) -> StepInputs:
+    def inputs(self, visual_embeds: np.ndarray, rope_cos: np.ndarray, rope_sin: np.ndarray) -> StepInputs:
         """The step's inputs at batch 1.
 
         Args:
             visual_embeds: float [M, N / M, D], the encoded images in the order of their placeholders.
-            rotary: table of the model.
-            start: position of the step's first token: tokens of the dialogue so far, visual ones included.
+            rope_cos: rotary rows of the slots, see `StepInputs`.
+            rope_sin: the same.
         """
-        cos, sin = rotary.rows(start, self.num_text + self.num_visual)
         return StepInputs(
             input_ids=self.input_ids[None],
             visual_embeds=visual_embeds.reshape(1, self.num_visual, visual_embeds.shape[-1]),
             text_slots=self.text_slots,
             visual_slots=self.visual_slots,
-            rope_cos=cos,
-            rope_sin=sin,
+            rope_cos=rope_cos,
+            rope_sin=rope_sin,
         )
 
 
@@ -130,36 +129,29 @@ def lay_out(
     )
 
 
-def stack(layouts: Sequence[Layout], visual_embeds: np.ndarray, rotary: Rotary, start: int) -> StepInputs:
-    """The inputs of several prompts as one batch, one prompt a row.
-
-    Args:
-        layouts: B prompts of one shape. The decoder has no padding: slots and positions are the batch's.
-        visual_embeds: float [B, N, D], the encoded images of each prompt.
-        rotary: table of the model.
-        start: position of the first token, the same for all.
+def stack(steps: Sequence[StepInputs]) -> StepInputs:
+    """Several steps as one batch, one step a row. The decoder has no padding: slots and positions are the batch's.
 
     Raises:
-        UserError: prompts of different lengths, or with images at different places, which only padding would align.
+        UserError: steps of different lengths, with images at different places, or (Nüwa) with tokens left at different
+            positions of the image, which only padding would align.
     """
-    first = layouts[0]
-    for layout in layouts[1:]:
-        lengths = [f"{place.num_text} text and {place.num_visual} visual tokens" for place in (first, layout)]
-        if lengths[0] != lengths[1] or not np.array_equal(layout.text_slots, first.text_slots):
-            equal = lengths[0] == lengths[1]
-            what = "have their images at different places" if equal else f"have {', and '.join(lengths)}"
+    first = steps[0]
+    for step in steps[1:]:
+        lengths = [f"{len(s.text_slots)} text and {len(s.visual_slots)} visual tokens" for s in (first, step)]
+        same = [np.array_equal(getattr(step, name), getattr(first, name)) for name in ("text_slots", "rope_cos")]
+        if lengths[0] != lengths[1] or not all(same):
+            what = f"have {', and '.join(lengths)}"
+            if lengths[0] == lengths[1]:
+                what = f"have their images at different {'positions' if same[0] else 'places'}"
             raise UserError(
                 f"two prompts of a batch {what}: one batch would need padding, which is not supported",
                 hint="run them one after the other, or put prompts of equal length and layout into one batch",
             )
-    cos, sin = rotary.rows(start, first.num_text + first.num_visual)
-    return StepInputs(
-        input_ids=np.stack([layout.input_ids for layout in layouts]),
-        visual_embeds=visual_embeds,
-        text_slots=first.text_slots,
-        visual_slots=first.visual_slots,
-        rope_cos=cos,
-        rope_sin=sin,
+    return replace(
+        first,
+        input_ids=np.concatenate([step.input_ids for step in steps]),
+        visual_embeds=np.concatenate([step.visual_embeds for step in steps]),
     )
 
 

@@ -17,6 +17,7 @@ from reroute.errors import UserError
 from reroute.runtime.backend import BackendOptions, StepOutputs
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import StepInputs, rows_added
+from reroute.runtime.positions import VisualTokens
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -54,13 +55,15 @@ class OrtBackend:
                 self._caches[f"{layer}.{kind}"] = array
                 self._values[f"{layer}.{kind}"] = self._ort.OrtValue.ortvalue_from_numpy(array, options.provider, 0)
 
+        renumbered = self._manifest.schedule.positions == "renumbered"
+        table = (len(stages), 1, text.head_dim // 2) if renumbered else (1, text.head_dim // 2)
         self._token = StepInputs(
             input_ids=np.zeros((batch, 1), dtype=np.int64),
             visual_embeds=np.zeros((batch, 0, text.hidden_size), dtype=self._dtype),
             text_slots=np.zeros(1, dtype=np.int64),
             visual_slots=np.zeros(0, dtype=np.int64),
-            rope_cos=np.zeros((1, text.head_dim // 2), dtype=np.float32),
-            rope_sin=np.zeros((1, text.head_dim // 2), dtype=np.float32),
+            rope_cos=np.zeros(table, dtype=np.float32),
+            rope_sin=np.zeros(table, dtype=np.float32),
         )
         self._bound: dict[Any, dict[str, np.ndarray]] = {}
         self._prompt_binding = self._bind_caches()
@@ -77,10 +80,10 @@ class OrtBackend:
         """Bytes of all caches at their capacity."""
         return sum(array.nbytes for array in self._caches.values())
 
-    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Visual embeddings [M, N, D] of images float32 [M, 3, H, W]."""
-        (embeds,) = self._vision.run(["visual_embeds"], {"pixel_values": pixel_values})
-        return embeds
+    def encode(self, pixel_values: np.ndarray) -> VisualTokens:
+        """Visual tokens of images float32 [M, 3, H, W]."""
+        embeds, *places = self._vision.run(None, {"pixel_values": pixel_values})
+        return VisualTokens(embeds=embeds, places=places[0] if places else None)
 
     def step(self, inputs: StepInputs) -> StepOutputs:
         """Run the decoder and append to the caches; `lengths` advance only when the run succeeded.

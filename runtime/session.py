@@ -13,15 +13,31 @@ import numpy as np
 from reroute.errors import UserError
 from reroute.runtime import chat as messages
 from reroute.runtime.answer import Answer, AnswerStream, Timings
-from reroute.runtime.backend import Backend, BackendOptions, open_backend
+from reroute.runtime.backend import Backend, BackendOptions, StepOutputs, open_backend
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.image import ImageInput, open_image, preprocess
 from reroute.runtime.layout import Layout, lay_out, rows_added
-from reroute.runtime.rope import Rotary
+from reroute.runtime.positions import Positions, VisualTokens
 from reroute.runtime.sampling import Sampler, Sampling
 from reroute.runtime.text import Token, Writer
 
-Images = ImageInput | Sequence[ImageInput] | None
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Encoded images, to ask about more than once: made by `Session.encode`, taken where an image is.
+
+    They fit every bundle with the same vision graph, whatever its decoder's schedule.
+
+    Attributes:
+        visual: the visual tokens.
+        vision_sha256: of the vision graph and its weights.
+    """
+
+    visual: VisualTokens
+    vision_sha256: str
+
+
+Images = ImageInput | Sequence[ImageInput] | Features | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +46,8 @@ class _Turn:
 
     number: int
     layout: Layout
-    pixel_values: np.ndarray  # float32 [M, 3, H, W]
+    images: np.ndarray | VisualTokens | None  # float32 [M, 3, H, W], or encoded before
+    num_images: int
     image_ms: float
     messages: tuple[messages.Message, ...]
     max_new_tokens: int
@@ -49,8 +66,7 @@ class Session:
         self.manifest = bundle.manifest
         self._backend: Backend | None = backend
         self._chat = bundle.chat()
-        text = self.manifest.model.text
-        self._rotary = Rotary(head_dim=text.head_dim, theta=text.rope_theta, rows=self.manifest.cache_rows[0])
+        self._positions = Positions(self.manifest)
         self._turns = 0  # counts resets too: a stream of an earlier state notices
         self.reset()
 
@@ -97,7 +113,16 @@ class Session:
         self.backend.reset()
         self._messages: tuple[messages.Message, ...] = ()
         self._pending: int | None = None  # a sampled token that belongs to the dialogue but was not run yet
+        self._images = 0  # run so far
         self._turns += 1
+
+    def encode(self, image: ImageInput | Sequence[ImageInput]) -> Features:
+        """Run the vision graph alone; the dialogue is untouched. Arguments and errors as in `stream`."""
+        images = _as_list(image)
+        if not images:
+            raise UserError("there is no image to encode", hint="give a path, a Pillow image or a uint8 array")
+        pixels = np.stack([preprocess(open_image(one), self.manifest.model.image) for one in images])
+        return Features(visual=self.backend.encode(pixels), vision_sha256=self.bundle.vision_sha256)
 
     @property
     def backend(self) -> Backend:
@@ -147,7 +172,8 @@ class Session:
 
         Args:
             prompt: the question, without placeholders.
-            image: a path, a Pillow image or a uint8 array [H, W, 3], or several in a list; new in this turn.
+            image: a path, a Pillow image or a uint8 array [H, W, 3], several in a list, or what `encode` made of them;
+                new in this turn.
             max_new_tokens: tokens of the answer at most; less when the caches are full before.
             sampling: how tokens are chosen; None for greedy.
             stop: the answer ends in front of the first of these strings.
@@ -161,13 +187,19 @@ class Session:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stops:
             raise UserError("a stop string is empty", hint="an empty string would stop before the first token")
-        images = _as_list(image)
-        turn = self._prepare(prompt, images, max_new_tokens)
+        turn = self._prepare(prompt, image, max_new_tokens)
         return AnswerStream(self._run(turn, Sampler(sampling or Sampling()), Writer(self._chat.tokenizer, stops)))
 
-    def _prepare(self, prompt: str, images: list[ImageInput], max_new_tokens: int) -> _Turn:
+    def _prepare(self, prompt: str, image: Images, max_new_tokens: int) -> _Turn:
         model = self.manifest.model
-        if not prompt.strip() and not images:
+        inputs = [] if isinstance(image, Features) else _as_list(image)
+        count = len(image.visual.embeds) if isinstance(image, Features) else len(inputs)
+        if isinstance(image, Features) and image.vision_sha256 != self.bundle.vision_sha256:
+            raise UserError(
+                "these features were encoded by another vision graph than this bundle's",
+                hint="encode the image with this session, or with one of a bundle of the same checkpoint",
+            )
+        if not prompt.strip() and not count:
             raise UserError("the prompt is empty", hint="ask a question")
         if broken := [character for character in prompt if "\ud800" <= character <= "\udfff"]:
             # What Python makes of bytes on the command line that are not UTF-8; tokenizers do not take it.
@@ -176,24 +208,24 @@ class Session:
                 hint="set terminal and shell to UTF-8",
             )
         start = time.perf_counter()
-        pixels = [preprocess(open_image(image), model.image) for image in images]
+        pixels = [preprocess(open_image(one), model.image) for one in inputs]
         image_ms = _ms_since(start)
-        history = (*self._messages, messages.user_message(prompt, num_images=len(images)))
+        history = (*self._messages, messages.user_message(prompt, num_images=count))
         ids = self._chat.next_turn(history) if self._messages else self._chat.first_turn(history)
         layout = lay_out(
             ids,
             image_token=model.tokens.image_token,
             image_token_id=model.tokens.image_token_id,
-            num_images=len(images),
-            tokens_per_image=model.vision.tokens_per_image,
+            num_images=count,
+            tokens_per_image=self.manifest.schedule.entering(model.vision.tokens_per_image),
         )
         if self._pending is not None:
             layout = layout.after(self._pending)
-        side = (model.image.crop_height, model.image.crop_width)
         return _Turn(
             number=self._turns,
             layout=layout,
-            pixel_values=np.stack(pixels) if pixels else np.zeros((0, 3, *side), dtype=np.float32),
+            images=image.visual if isinstance(image, Features) else np.stack(pixels) if pixels else None,
+            num_images=count,
             image_ms=image_ms,
             messages=history,
             # The last sampled token is not run, so an answer needs one row less than it has tokens.
@@ -222,18 +254,17 @@ class Session:
         number = self._turns
         layout = turn.layout
         start = time.perf_counter()
-        if len(turn.pixel_values):
-            embeds = self.backend.encode(turn.pixel_values)
-        else:
-            embeds = np.zeros((1, 0, self.manifest.model.text.hidden_size), dtype=self.manifest.dtype)
+        visual = self.backend.encode(turn.images) if isinstance(turn.images, np.ndarray) else turn.images
         vision_ms = _ms_since(start)
         start = time.perf_counter()
-        outputs = self.backend.step(layout.inputs(embeds, self._rotary, int(self.backend.lengths[0])))
+        outputs = self._step(layout, visual)
         prefill_ms = _ms_since(start)
+        self._images += turn.num_images
         reply = messages.assistant_message("")
         self._messages = (*turn.messages, reply)
         self._pending = None
-        routes = tuple(np.flatnonzero(np.isin(layout.visual_slots, r[0])) for r in outputs.routes)
+        entered = np.zeros(0, np.int64) if visual is None else self._positions.tokens(visual)
+        routes = tuple(entered[np.isin(layout.visual_slots, r[0])] for r in outputs.routes)
         routes = routes or tuple(np.zeros(0, np.int64) for _ in self.manifest.schedule.budgets)
 
         logits = outputs.logits
@@ -280,6 +311,7 @@ class Session:
             token_ids=tuple(ids),
             stop_reason=reason,
             routes=routes,
+            entered=entered,
             prompt_tokens=layout.num_text,
             visual_tokens=layout.num_visual,
             timings=timings,
@@ -287,14 +319,16 @@ class Session:
 
     def _decode(self, token: int) -> np.ndarray:
         """Run one sampled token. Returns logits float32 [1, V]."""
-        place = Layout.of_text([token])
-        nothing = np.zeros((1, 0, self.manifest.model.text.hidden_size), dtype=self.manifest.dtype)
-        outputs = self.backend.step(place.inputs(nothing, self._rotary, int(self.backend.lengths[0])))
+        outputs = self._step(Layout.of_text([token]), None)
         self._pending = None
         return outputs.logits
 
+    def _step(self, layout: Layout, visual: VisualTokens | None) -> StepOutputs:
+        lengths = self.backend.lengths
+        return self.backend.step(self._positions.inputs(layout, visual, lengths, images_before=self._images))
 
-def _as_list(image: Images) -> list[ImageInput]:
+
+def _as_list(image: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:
     if image is None:
         return []
     return list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]

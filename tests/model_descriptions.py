@@ -37,6 +37,7 @@ CLIP_L_336 = VisionModel(
     intermediate_size=4096,
     num_heads=16,
     num_layers=23,
+    depth=24,
 )
 
 

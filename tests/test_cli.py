@@ -360,6 +360,18 @@ def test_run_answers_on_stdout_and_reports_on_stderr(tiny_bundle: Path, tmp_path
     assert "prefill ms" in done.stderr
     assert "prefill ms" not in done.stdout
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert [path.name for path in picture.parent.iterdir()] == ["route.png"]
+
+
+def test_run_writes_a_page_that_steps_through_the_stages(tiny_bundle: Path, tmp_path: Path):
+    image, page = REPOSITORY / "demo" / "images" / "scene1.png", tmp_path / "route.html"
+    question = ["--image", str(image), "--prompt", "where is the red star ?", "--max-new-tokens", "2"]
+    assert main(["run", str(tiny_bundle), *question, "--picture", str(page)]) == 0
+    first = page.read_bytes()
+    assert first.startswith(b"<!doctype html>")
+    assert b"where is the red star ?" in first
+    assert main(["run", str(tiny_bundle), *question, "--picture", str(page)]) == 0
+    assert page.read_bytes() == first
 
 
 def test_run_json_holds_every_turn(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]):

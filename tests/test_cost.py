@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reroute.cost import Plan, attention_flops, kv_bytes_per_row, linear_flops, plan_for, vision_flops
+from reroute.cost import (
+    Plan,
+    attention_flops,
+    extra_tower_parameters,
+    kv_bytes_per_row,
+    linear_flops,
+    measure,
+    plan_for,
+    resolve,
+    vision_flops,
+)
 from reroute.errors import UserError
+from reroute.export import read_model
 from reroute.manifest import Capacity, TextModel, VisionModel
-from reroute.routing import RoutingSpec, Schedule
+from reroute.routing import RoutingSpec
+from reroute.schedule import Schedule
 from tests.model_descriptions import CLIP_L_336, LLAVA_7B_TEXT, model_of
 
 TINY = TextModel(
@@ -36,6 +49,7 @@ TINY_VISION = VisionModel(
     intermediate_size=7,
     num_heads=2,
     num_layers=2,
+    depth=3,
 )
 
 
@@ -95,14 +109,15 @@ def count_flops(text: TextModel, schedule: Schedule, num_text: int, num_visual: 
     """Walk over the layers with explicit row sets; which rows are kept makes no difference."""
     counter = Counter(text)
     words = [-1 - i for i in range(num_text)]
-    pictures = list(range(num_visual))
-    running = [*words, *pictures]
+    pictures = list(range(min(num_visual, schedule.nuwa or num_visual)))
+    running = before = [*words, *pictures]
     for layer in range(text.num_layers):
         stage = schedule.stages[schedule.stage_of_layer(layer)]
         if layer == stage.start and stage.keep is not None:
             alive = running if schedule.action == "removal" else [*words, *pictures]
-            running = [*words, *[row for row in alive if row >= 0][: stage.keep]]
-            counter.decision(alive, running)
+            before, running = running, [*words, *[row for row in alive if row >= 0][: stage.keep]]
+            # The layer before projected the keys of the rows that ran in it, and no others.
+            counter.decision(alive, running if schedule.scoring == "own" else before)
         counter.layer(len(running))
     counter.matmul(1, text.hidden_size, text.vocab_size)
     return counter.total
@@ -118,6 +133,12 @@ def count_flops(text: TextModel, schedule: Schedule, num_text: int, num_visual: 
         "removal@1,3:keep=5,2",
         "removal@0,1,2,3:keep=9,5,5,1",
         "reroute@1,2:keep=16,16",
+        "removal@1,3:keep=5,2:score=previous",
+        "reroute@1,3:keep=5,7:score=previous",
+        "reroute@1,2:keep=5,7:score=previous",
+        "removal@1,3:keep=5,2:positions=renumbered",
+        "removal@2:nuwa=6:keep=2:score=previous",
+        "reroute@1,3:nuwa=6:keep=5,2",
     ],
 )
 @pytest.mark.parametrize("num_visual", [0, 4, 16])
@@ -257,3 +278,95 @@ def test_bad_input_is_refused(changes: dict[str, object], message: str):
 def test_a_schedule_of_another_depth_is_refused():
     with pytest.raises(UserError, match="covers 24 layers, the decoder has 32"):
         plan_for(model_of(), schedule_of("dense", 24, 576), Capacity())
+
+
+@pytest.mark.parametrize("target", ["flops", "kv"])
+@pytest.mark.parametrize("amount", ["1/2", ".3"])
+@pytest.mark.parametrize("method", ["fastv", "reroute-pdrop", "nuwa"])
+def test_targets_in_flops_and_kv_bytes_are_met_and_used_up(target: str, amount: str, method: str):
+    model = model_of()
+    schedule = resolve(RoutingSpec.parse(f"{method}:{target}={amount}"), model)
+    cost, dense = measure(model, target, schedule)  # type: ignore[arg-type]
+    share = 0.5 if amount == "1/2" else 0.3
+    assert cost <= share * dense
+    bigger = dataclasses.replace(
+        schedule, stages=(schedule.stages[0], *(dataclasses.replace(s, keep=s.keep + 1) for s in schedule.stages[1:]))
+    )
+    assert measure(model, target, bigger)[0] > share * dense  # type: ignore[arg-type]
+
+
+def test_absolute_targets_are_those_of_the_plan():
+    model = model_of()
+    plan = plan_for(model, resolve(RoutingSpec.parse("dense"), model), Capacity())
+    half = resolve(RoutingSpec.parse("fastv:flops=1/2"), model)
+    same = resolve(RoutingSpec.parse(f"fastv:flops={plan.dense_decoder_flops / 2e9:.6f}G"), model)
+    assert half == same
+    kv = resolve(RoutingSpec.parse(f"fastv:kv={plan.dense_kv_bytes // 2**21}MiB"), model)
+    assert kv == resolve(RoutingSpec.parse("fastv:kv=1/2"), model)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message", "hint"),
+    [
+        ("fastv:flops=1/1000", "is impossible", "flops="),
+        ("fastv:kv=1KiB", "1 KiB KV bytes is impossible", "kv="),
+        ("fastv:flops=999T", "exceed the", "dense"),
+    ],
+)
+def test_a_target_out_of_reach_gives_both_numbers(spec: str, message: str, hint: str):
+    with pytest.raises(UserError) as error:
+        resolve(RoutingSpec.parse(spec), model_of())
+    assert message in error.value.message
+    assert hint in error.value.hint
+
+
+PAIRS = [
+    ("fastv", "reroute-fastv"),
+    ("pdrop", "reroute-pdrop"),
+    ("nuwa", "reroute-nuwa"),
+]
+
+
+@pytest.mark.parametrize("average", ["1/3", "2/9", "1/9"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_method_and_its_reroute_form_cost_the_same_at_equal_averages(pair: tuple[str, str], average: str):
+    """KV bytes and the layers' FLOPs within 2 %; scoring all rows at every decision adds up to 3.4 %."""
+    model = model_of()
+    plans = [plan_for(model, resolve(RoutingSpec.parse(f"{m}:avg={average}"), model), Capacity()) for m in pair]
+    assert plans[0].kv_bytes == pytest.approx(plans[1].kv_bytes, rel=0.02)
+    layers = [plan.decoder_flops - sum(stage.scoring_flops for stage in plan.stages) for plan in plans]
+    assert layers[0] == pytest.approx(layers[1], rel=0.02)
+    assert plans[0].decoder_flops == pytest.approx(plans[1].decoder_flops, rel=0.035)
+
+
+@pytest.mark.parametrize("average", ["1/3", "2/9", "1/9"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_on_the_demo_model_a_whole_prompt_costs_the_same(pair: tuple[str, str], average: str, demo_checkpoint: Path):
+    """Decoder with scoring, and the tower: within 2 %."""
+    model = read_model(demo_checkpoint)
+    plans = [plan_for(model, resolve(RoutingSpec.parse(f"{m}:avg={average}"), model), Capacity()) for m in pair]
+    totals = [plan.decoder_flops + plan.vision_flops for plan in plans]
+    assert totals[0] == pytest.approx(totals[1], rel=0.02)
+    assert plans[0].kv_bytes == pytest.approx(plans[1].kv_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("share", ["1/3", "1/4", ".2"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_target_in_flops_makes_them_equal_with_scoring(pair: tuple[str, str], share: str):
+    model = model_of()
+    plans = [plan_for(model, resolve(RoutingSpec.parse(f"{m}:flops={share}"), model), Capacity()) for m in pair]
+    assert plans[0].decoder_flops == pytest.approx(plans[1].decoder_flops, rel=0.02)
+
+
+def test_nuwa_by_hand():
+    """Three tower layers instead of two, similarity and sums of 16 patches, six tokens projected."""
+    patches, rows, size, kept = 16, 17, 5, 6
+    layer = 2 * rows * (4 * size * size + 2 * size * 7) + 4 * rows * rows * size
+    embedding = 2 * patches * 3 * 4 * size
+    projector = 2 * kept * (size * 6 + 6 * 6)
+    stage_1 = 2 * patches**2 * size + 2 * size**2 + 2 * rows * size + 2 * kept * patches * size
+    assert vision_flops(TINY_VISION, 6, nuwa=6) == embedding + 3 * layer + stage_1 + projector
+    schedule = schedule_of("removal@2:nuwa=6:keep=2:score=previous", 4, 16)
+    # q, k, v, out with biases; two MLP matrices with biases; two norms.
+    assert extra_tower_parameters(TINY_VISION, schedule) == 4 * 30 + 5 * 7 + 7 + 7 * 5 + 5 + 4 * 5
+    assert tiny_plan("removal@2:nuwa=6:keep=2:score=previous").average_visual_tokens == (2 * 6 + 2 * 2) / 4

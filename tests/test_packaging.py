@@ -57,6 +57,12 @@ def test_the_wheel_has_the_shared_modules_and_the_type_marker(wheel: zipfile.Zip
 
 
 @pytest.mark.slow
+def test_the_wheel_has_the_template_of_the_route_page(wheel: zipfile.ZipFile):
+    page = (REPOSITORY / "runtime" / "page.html").read_bytes()
+    assert wheel.read("reroute/runtime/page.html") == page
+
+
+@pytest.mark.slow
 def test_the_wheel_has_no_tests_weights_or_foreign_packages(wheel: zipfile.ZipFile):
     names = wheel.namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"reroute"}

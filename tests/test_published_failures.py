@@ -57,6 +57,11 @@ def image(seed: int = 0) -> np.ndarray:
 NO_IMAGE = np.zeros((1, 0, HIDDEN), dtype=np.float32)
 
 
+def inputs_of(place: Layout, embeds: np.ndarray, rotary: Rotary, start: int) -> StepInputs:
+    """A step whose rows stand at consecutive positions from `start` on."""
+    return place.inputs(embeds, *rotary.rows(start, place.num_text + place.num_visual))
+
+
 class Run:
     """One decoder with its caches: torch or the engine, driven alike.
 
@@ -82,9 +87,10 @@ class Run:
 
     def step(self, *rows: Layout, embeds: np.ndarray = NO_IMAGE) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits [B, V] and the slots of each routed stage [B, A]."""
-        if embeds is NO_IMAGE:
-            embeds = np.repeat(NO_IMAGE, len(rows), axis=0)
-        inputs: StepInputs = stack(rows, embeds, self.rotary, self.lengths[0])
+        images = [NO_IMAGE] * len(rows) if embeds is NO_IMAGE else np.split(embeds, len(rows))
+        inputs = stack(
+            [inputs_of(row, image, self.rotary, self.lengths[0]) for row, image in zip(rows, images, strict=True)]
+        )
         if self.kind == "engine":
             outputs = self.engine.step(inputs)
             return outputs.logits.copy(), list(outputs.routes)
@@ -273,7 +279,12 @@ def test_d_padding_is_refused_by_name(other: Layout, says: str) -> None:
     """Published: left padding gives wrong results. Here prompts that would need it are refused."""
     rotary = Rotary(head_dim=16, theta=THETA, rows=64)
     with pytest.raises(UserError, match=says) as refusal:
-        stack([layout(words(9), VISUAL), other], np.concatenate([image(), image(1)]), rotary, 0)
+        stack(
+            [
+                inputs_of(layout(words(9), VISUAL), image(), rotary, 0),
+                inputs_of(other, image(1) if other.num_visual else NO_IMAGE, rotary, 0),
+            ]
+        )
     assert "padding" in refusal.value.message
     assert "one after the other" in refusal.value.hint
 
@@ -282,9 +293,10 @@ def test_d_without_padding_a_batch_is_its_rows() -> None:
     """`stack` of one is `inputs`; of two it is both, over one table of slots and positions."""
     rotary = Rotary(head_dim=16, theta=THETA, rows=64)
     rows, images = [layout(words(9, seed), VISUAL) for seed in (0, 1)], [image(0), image(1)]
-    both = stack(rows, np.concatenate(images), rotary, 3)
-    for index, (row, embeds) in enumerate(zip(rows, images, strict=True)):
-        for alone in (row.inputs(embeds, rotary, 3), stack([row], embeds, rotary, 3)):
+    steps = [inputs_of(row, embeds, rotary, 3) for row, embeds in zip(rows, images, strict=True)]
+    both = stack(steps)
+    for index, step in enumerate(steps):
+        for alone in (step, stack([step])):
             np.testing.assert_array_equal(both.input_ids[index], alone.input_ids[0])
             np.testing.assert_array_equal(both.visual_embeds[index], alone.visual_embeds[0])
             for name in ("text_slots", "visual_slots", "rope_cos", "rope_sin"):

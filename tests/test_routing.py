@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reroute.errors import EXIT_USAGE, UserError
-from reroute.routing import PUBLISHED, RoutingSpec, Schedule, Shape, Stage, shape_weights
+from reroute.published import METHODS, PUBLISHED
+from reroute.routing import RoutingSpec
+from reroute.schedule import Schedule, Stage
+from reroute.solver import Shape, shares
 
 SHAPES: tuple[Shape, ...] = ("uniform", "geometric", "halving")
 
@@ -66,21 +70,121 @@ AVERAGES = {
     "llava15/avg192/reroute-pdrop": 191.5,
     "llava15/avg128/reroute-pdrop": 127.4,
     "llava15/avg64/reroute-pdrop": 84.1,
+    "llava15/avg192/nuwa": 192.0,
+    "llava15/avg128/nuwa": 128.0,
+    "llava15/avg64/nuwa": 64.0,
+    # The defaults of the methods' own code: 3 layers of 576 and 29 of 288, of 144; 8 each of 576, 288, 144, 72.
+    "llava15/authors/fastv-r50": 315.0,
+    "llava15/authors/fastv-r75": 184.5,
+    "llava15/authors/pdrop": 270.0,
 }
+QWEN_LAYERS = {"fastv": (3,), "reroute-fastv": (3, 6, 13, 20), "pdrop": (2, 6, 13, 20), "reroute-pdrop": (2, 6, 13, 20)}
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
+@pytest.mark.parametrize("name", sorted(AVERAGES))
 def test_published_schedules_have_their_published_averages(name: str):
     schedule = resolve(f"published:{name}")
     assert schedule.average_visual_tokens(576) == pytest.approx(AVERAGES[name], abs=0.0501)
     assert schedule.action == ("reroute" if "reroute" in name else "removal")
 
 
+def test_every_published_name_is_covered():
+    assert set(PUBLISHED) == set(AVERAGES) | {
+        f"qwen25/avg{tier}/{method}" for tier in (64, 128, 192) for method in QWEN_LAYERS
+    }
+
+
+@pytest.mark.parametrize("method", QWEN_LAYERS)
+def test_published_qwen_schedules_have_the_same_ratios_at_scaled_layers(method: str):
+    """As published for Qwen2.5-VL-7B: decision layers 3 | 2, 6, 13, 20 of 28, the ratios of LLaVA."""
+    for tier in (64, 128, 192):
+        schedule = resolve(f"published:qwen25/avg{tier}/{method}", num_layers=28)
+        assert schedule.decision_layers == QWEN_LAYERS[method]
+        assert schedule.budgets == resolve(f"published:llava15/avg{tier}/{method}").budgets
+
+
+def test_authors_forms_of_the_published_schedules():
+    fastv = resolve("published:llava15/authors/fastv-r50")
+    assert (fastv.scoring, fastv.positions, fastv.scoring_layers) == ("previous", "original", (2,))
+    pdrop = resolve("published:llava15/authors/pdrop")
+    assert (pdrop.scoring, pdrop.positions, pdrop.budgets) == ("own", "renumbered", (288, 144, 72))
+    nuwa = resolve("published:llava15/avg64/nuwa")
+    assert (nuwa.scoring, nuwa.nuwa, nuwa.budgets, nuwa.scoring_layers) == ("previous", 112, (16,), (15,))
+    assert nuwa.entering(576) == 112
+
+
+# (decision layers of 24, tokens out of the tower, budgets) that an average of 1/9 of 576 means, by hand:
+# fastv 2 * 576 + 22 * 17 <= 1536; nuwa 12 * 112 + 12 * 16 = 1536.
+METHODS_OF_24 = {
+    "fastv": ("removal", (2,), None, (17,)),
+    "reroute-fastv": ("reroute", (2, 5, 11, 17), None, (18, 18, 17, 17)),
+    "pdrop": ("removal", (2, 5, 11, 17), None, (93, 14, 2, 1)),
+    "reroute-pdrop": ("reroute", (2, 5, 11, 17), None, (30, 28, 14, 6)),
+    "nuwa": ("removal", (12,), 112, (16,)),
+    "reroute-nuwa": ("reroute", (12, 15, 18, 21), 112, (16, 16, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_by_name_scales_its_layers_and_solves_its_budgets(method: str):
+    schedule = resolve(f"{method}:avg=1/9", num_layers=24)
+    found = (schedule.action, schedule.decision_layers, schedule.nuwa, schedule.budgets)
+    assert found == METHODS_OF_24[method]
+    assert 63.5 < schedule.average_visual_tokens(576) <= 64
+    assert schedule.scoring == ("previous" if method == "nuwa" else "own")
+
+
+@pytest.mark.parametrize("tier", [64, 128, 192])
+def test_nuwa_by_name_is_nuwa_as_published(tier: int):
+    ours, theirs = resolve(f"nuwa:avg={tier}"), resolve(f"published:llava15/avg{tier}/nuwa")
+    assert ours == theirs
+
+
+def test_options_win_over_a_methods_own():
+    assert resolve("fastv@3:avg=128:score=previous").scoring_layers == (2,)
+    assert resolve("pdrop:avg=128:shape=uniform").budgets[0] == resolve("pdrop:avg=128:shape=uniform").budgets[-1]
+    assert resolve("nuwa:avg=64:nuwa=100").nuwa == 100
+    assert resolve("pdrop@8,16,24:keep=.5,.25,.125:positions=renumbered") == resolve("published:llava15/authors/pdrop")
+
+
+def test_toml_is_the_same_spec(tmp_path: Path):
+    path = tmp_path / "routing.toml"
+    for toml, text in (
+        ('action = "reroute"\nlayers = [2, 7]\nkeep = [22, 11]', "reroute@2,7:keep=22,11"),
+        ('method = "pdrop"\navg = "1/9"\npositions = "renumbered"', "pdrop:avg=1/9:positions=renumbered"),
+        ('published = "llava15/avg64/pdrop"', "published:llava15/avg64/pdrop"),
+        ('action = "dense"', "dense"),
+    ):
+        path.write_text(f"[routing]\n{toml}\n")
+        assert RoutingSpec.parse(str(path)) == RoutingSpec.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("toml", "message", "hint"),
+    [
+        (None, "cannot read the routing spec", "[routing]"),
+        ("[routing", "cannot read the routing spec", "[routing]"),
+        ("layers = [2]", "exactly one table, [routing]", "[routing]"),
+        ("[routing]\nlayers = [2]", "exactly one of action, method and published", "action = "),
+        ('[routing]\naction = "reroute"\nlayers = [2]\nkep = [3]', "unknown key 'kep'", "did you mean 'keep'?"),
+        ('[routing]\naction = "reroute"\nlayers = [2]', "incomplete", "ACTION@LAYERS"),
+    ],
+)
+def test_a_bad_toml_file_says_what_is_wrong(tmp_path: Path, toml: str | None, message: str, hint: str):
+    path = tmp_path / "routing.toml"
+    if toml is not None:
+        path.write_text(toml)
+    with pytest.raises(UserError) as error:
+        RoutingSpec.parse(str(path))
+    assert message in error.value.message
+    assert hint in error.value.hint
+
+
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
         ("rerout@2:keep=3", "unknown routing action 'rerout'", "did you mean 'reroute'?"),
-        ("", "unknown routing action ''", "supported: dense, published, removal, reroute"),
+        ("", "unknown routing action ''", "supported: dense, fastv, nuwa, pdrop, published, removal, reroute"),
         ("reroute", "incomplete", "reroute@2,7,15,23:avg=1/9"),
         ("dense@2:keep=3", "dense takes no layers and no options", "`dense` alone"),
         ("reroute@2", "incomplete", "ACTION@LAYERS"),
@@ -91,8 +195,16 @@ def test_published_schedules_have_their_published_averages(name: str):
         ("reroute@2:keep=0.0", "the share 0.0", "without a point"),
         ("reroute@2:kep=3", "unknown key 'kep'", "did you mean 'keep'?"),
         ("reroute@2:avg=9:shape=halfing", "unknown shape 'halfing'", "did you mean 'halving'?"),
-        ("reroute@2:shape=halving", "exactly one of keep= and avg=", "ACTION@LAYERS"),
-        ("reroute@2:keep=3:avg=9", "exactly one of keep= and avg=", "ACTION@LAYERS"),
+        ("reroute@2:shape=halving", "exactly one of keep=, avg=, flops= and kv=", "ACTION@LAYERS"),
+        ("reroute@2:keep=3:avg=9", "exactly one of keep=, avg=, flops= and kv=", "ACTION@LAYERS"),
+        ("reroute@2:flops=.5:kv=.5", "exactly one of keep=, avg=, flops= and kv=", "ACTION@LAYERS"),
+        ("fastv", "incomplete", "ACTION@LAYERS"),
+        ("fastw:avg=9", "unknown routing action 'fastw'", "did you mean 'fastv'?"),
+        ("reroute@2:keep=3:score=last", "unknown score 'last'", "own, previous"),
+        ("reroute@2:keep=3:positions=renumbered", "positions=renumbered has no meaning with reroute", "use removal"),
+        ("removal@2:keep=3:nuwa=auto", "nuwa=auto has no meaning with keep=", "nuwa=112"),
+        ("reroute@2:flops=3X", "'3X' in", "K, M, G, T"),
+        ("reroute@2:kv=3MB", "'3MB' in", "MiB"),
         ("reroute@2:keep=3:keep=4", "keep= occurs twice", "ACTION@LAYERS"),
         ("reroute@2:keep=3:shape=uniform", "shape= has no meaning with keep=", "ACTION@LAYERS"),
         ("published:llava15/avg64/reroute-pdro", "unknown published schedule", "llava15/avg64/reroute-pdrop"),
@@ -120,6 +232,9 @@ def test_a_bad_spec_says_what_is_wrong_and_what_to_write(text: str, message: str
         # 3 layers run all 576 tokens: 3 * 576 / 24 = 72, and 21 layers run one: 72.875.
         ("reroute@3:avg=64", "the least is 72.88", "earlier than layer 3, or ask for avg=73"),
         ("reroute@0:avg=0", "the least is 1.00", "ask for avg=1 or more"),
+        ("removal@0:keep=3:score=previous", "none before layer 0", "score=own"),
+        ("removal@2:keep=30:nuwa=20", "30 tokens, but there are 20 after Nüwa's first stage", "at most 20"),
+        ("removal@2:keep=3:nuwa=600", "nuwa=600 tokens cannot leave a vision tower of 576", "1 to 576"),
         ("reroute@2:avg=600", "exceeds the 576", "dense"),
     ],
 )
@@ -208,10 +323,10 @@ def test_the_first_stage_bounds_how_far_below_the_target_the_average_is(case: tu
 @pytest.mark.parametrize("shape", SHAPES)
 def test_solved_budgets_follow_the_shape(shape: Shape):
     budgets = resolve(f"reroute@2,7,15,23:avg=128:shape={shape}").budgets
-    wanted = shape_weights(shape, 4)
-    scale = budgets[0] / wanted[0]
-    # The remainder of flooring goes to the front, so a budget is at most a few tokens off its share.
-    assert budgets == pytest.approx([weight * scale for weight in wanted], abs=3)
+    # The remainder of flooring goes to the front, so the last budget tells the scale best.
+    root = {"uniform": 1, "halving": 1, "geometric": 4}[shape]
+    scale = (budgets[-1] / 576 * {"uniform": 1, "halving": 4, "geometric": 1}[shape]) ** (1 / root)
+    assert budgets == pytest.approx([share * 576 for share in shares(shape, 4, scale)], abs=6)
 
 
 def test_shares_of_the_solver_scale_with_the_image():

@@ -14,7 +14,7 @@ from reroute.export.checkpoint import Checkpoint
 from reroute.export.decoder import RoutedDecoder
 from reroute.export.models import llava
 from reroute.manifest import Model
-from reroute.routing import Schedule
+from reroute.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +24,14 @@ class Family:
     Attributes:
         read: checks a checkpoint against its config and describes it. Raises UserError.
         build_decoder: the routed decoder with its weights.
-        build_vision: pixel values [M, 3, H, W] to visual embeddings [M, N, D], with its weights.
+        build_vision: pixel values [M, 3, H, W] to visual embeddings [M, N, D], with its weights; where the schedule
+            prunes in the tower, also the places on the grid of those left, int64 [M, N].
         names: how to call the family in messages.
     """
 
     read: Callable[[Checkpoint], Model]
     build_decoder: Callable[[Checkpoint, Model, Schedule], RoutedDecoder]
-    build_vision: Callable[[Checkpoint, Model], nn.Module]
+    build_vision: Callable[[Checkpoint, Model, Schedule], nn.Module]
     names: str = field(default="")
 
 

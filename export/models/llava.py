@@ -12,10 +12,11 @@ from transformers.activations import ACT2FN
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from reroute.errors import UserError, nearest
+from reroute.export import nuwa
 from reroute.export.checkpoint import Checkpoint, read_json
 from reroute.export.decoder import RoutedDecoder
 from reroute.manifest import ImageProcessing, Model, TextModel, Tokens, VisionModel
-from reroute.routing import Schedule
+from reroute.schedule import Schedule
 
 # Our parameter -> the checkpoint's tensor, for one decoder layer. Linear weights are stored transposed, [in, out].
 _LAYER_NAMES = {
@@ -138,6 +139,7 @@ def vision_model(config: Any) -> VisionModel:
         intermediate_size=vision.intermediate_size,
         num_heads=vision.num_attention_heads,
         num_layers=max(feature_layers(config)),
+        depth=vision.num_hidden_layers,
     )
 
 
@@ -303,11 +305,11 @@ def decoder_source(name: str, *, tied: bool) -> str:
 class VisionTower(nn.Module):
     """The checkpoint's own CLIP tower up to the last feature layer, and its projector."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, depth: int | None = None) -> None:
         super().__init__()
         self.features = feature_layers(config)
         self.drop_cls = config.vision_feature_select_strategy == "default"
-        settings = config.vision_config.to_dict() | {"num_hidden_layers": max(self.features)}
+        settings = config.vision_config.to_dict() | {"num_hidden_layers": depth or max(self.features)}
         clip = CLIPVisionConfig.from_dict(settings)
         clip._attn_implementation = "sdpa"
         self.vision_tower = CLIPVisionModel(clip)
@@ -315,20 +317,63 @@ class VisionTower(nn.Module):
         self.vision_tower.post_layernorm = nn.Identity()  # type: ignore[assignment]
         self.multi_modal_projector = LlavaMultiModalProjector(config)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """[M, 3, H, W] float to [M, N, D] float."""
-        hidden = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))
-        states = [hidden]
+    def states(self, pixel_values: Tensor) -> list[Tensor]:
+        """Hidden states [M, 1 + P, C] of the embeddings and of every layer, the class token first."""
+        states = [self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixel_values))]
         for layer in self.vision_tower.encoder.layers:
             output = layer(states[-1], attention_mask=None)
             states.append(output[0] if isinstance(output, tuple) else output)
+        return states
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[M, 3, H, W] float to [M, N, D] float."""
+        states = self.states(pixel_values)
         chosen = [states[index][:, 1:] if self.drop_cls else states[index] for index in self.features]
         return self.multi_modal_projector(torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0])
 
 
-def build_vision(checkpoint: Checkpoint, model: Model) -> nn.Module:
-    """The tower with fp32 weights."""
-    tower = VisionTower(parse_config(checkpoint))
+class NuwaTower(VisionTower):
+    """The whole tower with Nüwa's first stage before the projector, see `reroute.export.nuwa`."""
+
+    def __init__(self, config: Any, keep: int) -> None:
+        super().__init__(config, depth=config.vision_config.num_hidden_layers)
+        if len(self.features) != 1 or self.features[0] < 1 or not self.drop_cls:
+            raise UserError(
+                f"Nüwa cannot prune this tower: its features are those of layers {self.features}, class token "
+                f"{'left out' if self.drop_cls else 'included'}",
+                hint="supported: one vision_feature_layer behind the first, vision_feature_select_strategy default",
+            )
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        self.keep, self.grid = keep, (side, side)
+        self.near: Tensor
+        self.register_buffer("near", nuwa.closeness(self.grid), persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """[M, 3, H, W] float to visual tokens [M, K, D] float and their places on the grid, int64 [M, K]."""
+        states = self.states(pixel_values)
+        feature = self.features[0]
+        salience = self.class_attention(states[feature - 1], feature - 1)
+        late = states[nuwa.first_similar_state(len(states) - 1) :]
+        similar = torch.stack([state[:, 1:] for state in late]).mean(0)
+        kept = nuwa.select(salience, self.grid, self.keep)
+        tokens = nuwa.collect(states[feature][:, 1:], similar, salience, kept, self.near)
+        return self.multi_modal_projector(tokens), kept
+
+    def class_attention(self, state: Tensor, index: int) -> Tensor:
+        """Attention of the class token on each patch in tower layer `index`, summed over heads: [M, P]."""
+        layer: Any = self.vision_tower.encoder.layers[index]
+        heads = layer.self_attn.num_heads
+        x = layer.layer_norm1(state)
+        query = layer.self_attn.q_proj(x[:, :1]).unflatten(-1, (heads, -1))[:, 0]
+        keys = layer.self_attn.k_proj(x).unflatten(-1, (heads, -1))
+        logits = torch.einsum("mhd,mphd->mhp", query, keys) * layer.self_attn.scale
+        return logits.softmax(-1).sum(1)[:, 1:]
+
+
+def build_vision(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> nn.Module:
+    """The tower with fp32 weights; with Nüwa's first stage where the schedule has it."""
+    config = parse_config(checkpoint)
+    tower = VisionTower(config) if schedule.nuwa is None else NuwaTower(config, schedule.nuwa)
     names = tower.state_dict().keys()
     tower.load_state_dict({name: checkpoint.load(name, torch.float32) for name in names}, assign=True)
     return tower.eval().requires_grad_(False)

@@ -25,7 +25,7 @@ from reroute.manifest import Manifest
 from reroute.runtime.backend import Backend, open_backend
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import Layout, StepInputs, lay_out
-from reroute.runtime.rope import Rotary
+from reroute.runtime.positions import Positions
 from reroute.scenario import Arrays, Scenario
 
 TOLERANCE = 1e-4
@@ -125,7 +125,7 @@ def live_reference(bundle: Bundle, checkpoint: Path, *, image: Path | None, prom
     inputs = scenario_of(bundle, image=image, prompt=prompt, tokens=tokens)
     family = family_of(opened)
     decoder = family.build_decoder(opened, model, bundle.manifest.schedule)
-    return record(decoder, family.build_vision(opened, model), model, inputs)
+    return record(decoder, family.build_vision(opened, model, bundle.manifest.schedule), model, inputs)
 
 
 def scenario_of(bundle: Bundle, *, image: Path | None, prompt: str | None, tokens: int) -> Scenario:
@@ -159,7 +159,7 @@ def check_fits(inputs: Scenario, manifest: Manifest) -> Layout:
         image_token=tokens.image_token,
         image_token_id=tokens.image_token_id,
         num_images=1,
-        tokens_per_image=manifest.model.vision.tokens_per_image,
+        tokens_per_image=manifest.schedule.entering(manifest.model.vision.tokens_per_image),
     )
     # The last token of the answer is run with the later turn.
     needed = layout.num_text + inputs.num_tokens + len(inputs.turn_ids)
@@ -176,17 +176,18 @@ def replay(backend: Backend, manifest: Manifest, expected: Arrays) -> Arrays:
     inputs = Scenario.from_arrays(expected)
     model = manifest.model
     prompt = check_fits(inputs, manifest)
-    rows = manifest.capacity.max_text + max(1, manifest.capacity.max_images) * model.vision.tokens_per_image
-    rotary = Rotary(head_dim=model.text.head_dim, theta=model.text.rope_theta, rows=rows)
+    positions = Positions(manifest)
     backend.reset()
-    measured: Arrays = {"visual_embeds": backend.encode(inputs.pixel_values)}
+    visual = backend.encode(inputs.pixel_values)
+    measured: Arrays = {"visual_embeds": visual.embeds}
+    if visual.places is not None:
+        measured["visual_places"] = visual.places
 
     def text(ids: Sequence[int]) -> StepInputs:
-        no_image = np.zeros((0, model.vision.tokens_per_image, model.text.hidden_size), dtype=np.float32)
-        return Layout.of_text(ids).inputs(no_image, rotary, int(backend.lengths[0]))
+        return positions.inputs(Layout.of_text(ids), None, backend.lengths, images_before=1)
 
     # The engine's own vision features go in, so that the whole chain is what is compared.
-    outputs = backend.step(prompt.inputs(measured["visual_embeds"], rotary, 0))
+    outputs = backend.step(positions.inputs(prompt, visual, backend.lengths))
     measured["prompt.logits"] = outputs.logits.copy()
     measured |= {f"routes.{stage}": route for stage, route in enumerate(outputs.routes, start=1)}
     tokens, margins = [int(outputs.logits.argmax())], [_margin(outputs.logits)]
@@ -206,6 +207,8 @@ def replay(backend: Backend, manifest: Manifest, expected: Arrays) -> Arrays:
 def compare(manifest: Manifest, expected: Arrays, measured: Arrays) -> list[CheckRow]:
     """All gates of a replay."""
     rows = [_close("vision", "features", ["visual_embeds"], expected, measured)]
+    if manifest.schedule.nuwa is not None:
+        rows.append(_places(expected["visual_places"], measured["visual_places"]))
     tied = False
     for stage in range(1, len(manifest.schedule.stages)):
         row, tie = _slots(stage, expected, measured)
@@ -251,6 +254,18 @@ def _close(part: str, quantity: str, names: Sequence[str], expected: Arrays, mea
         measured=f"max abs {worst:.1e}, cosine {cosine:.6f}",
         gate=gate,
         passed=all(bool(same[name]) for name in names) and cosine >= COSINE,
+    )
+
+
+def _places(want: np.ndarray, got: np.ndarray) -> CheckRow:
+    """The tokens that the vision graph lets through must be identical."""
+    equal = int(np.isin(got, want).sum())
+    return CheckRow(
+        part="vision",
+        quantity="places",
+        measured=f"{equal} of {want.size} equal",
+        gate="identical",
+        passed=np.array_equal(want, got),
     )
 
 

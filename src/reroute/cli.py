@@ -24,6 +24,9 @@ example:
   reroute build out/export -o out/bundle
   reroute run out/bundle --image photo.jpg --prompt "what is on the table ?"
 """
+_PICTURE_HELP = (
+    "draw where the last image's tokens ran: .png is one picture, .html a page that steps through the stages"
+)
 _ROUTING_HELP = "dense, ACTION@LAYERS:keep=K,K,..., ACTION@LAYERS:avg=A[:shape=S], or published:NAME"
 
 
@@ -73,6 +76,7 @@ def build_parser() -> Parser:
     _add_build(command("build", "Lower an export for an engine library and check it against the reference."))
     _add_run(command("run", "Ask a bundle about images."))
     _add_check(command("check", "Compare a bundle with the torch reference; exit 3 when a gate fails."))
+    _add_eval(command("eval", "Score bundles on questions with known answers, and compare them."))
     inspect = command("inspect", "Say what a checkpoint, an export or a bundle is.")
     inspect.add_argument("path", type=Path, metavar="PATH")
     _json(inspect)
@@ -123,7 +127,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from this share of the probability only")
     parser.add_argument("--seed", type=int, default=0, help="of the random draw (default 0)")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw where the last image's tokens ran")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=_PICTURE_HELP)
     parser.add_argument("--interactive", action="store_true", help="read turns from the terminal")
     _json(parser)
 
@@ -135,6 +139,31 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="instead of the recorded input")
     parser.add_argument("--tokens", type=positive, default=64, help="tokens to compare (default 64)")
     _json(parser)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="made by `reroute build`")
+    parser.add_argument(
+        "--set",
+        default="scenes",
+        help="scenes (generated, the default), or a dataset on disk: refcoco, refcoco+, refcocog, pope, gqa",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write eval.json and eval.md there")
+    parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
+    parser.add_argument("--force", action="store_true", help="replace the output directory")
+    _json(parser)
+    scenes = parser.add_argument_group("generated scenes")
+    scenes.add_argument("--grounding", type=int, metavar="N", help="questions for a box (default 1000)")
+    scenes.add_argument("--vqa", type=int, metavar="N", help="one-word questions (default 1000)")
+    scenes.add_argument("--objects", metavar="LOW-HIGH", help="objects of a scene (default 3-7)")
+    scenes.add_argument("--seed", type=int, help="of the scenes (default 0)")
+    scenes.add_argument("--split", help="heldout (default) or validation")
+    data = parser.add_argument_group("datasets on disk; nothing is downloaded")
+    data.add_argument("--data", type=Path, metavar="PATH", help="annotations: a file or a folder")
+    data.add_argument("--images", type=Path, metavar="DIR", help="default: where the annotations say")
+    data.add_argument("--dataset-split", metavar="NAME", help="default: the first that the dataset has")
+    data.add_argument("--protocol", help="lmms-eval (default) or llava: how questions are asked and graded")
+    data.add_argument("--limit", type=positive, metavar="N", help="ask the first N questions only")
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +186,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         from reroute.dialogue import run
 
         return run(args)
+    if args.command == "eval":
+        from reroute.evaluation.command import run as evaluate
+
+        return evaluate(args)
     from reroute import commands
 
     return getattr(commands, args.command)(args)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reroute import report
-from reroute.cost import Plan, plan_for
+from reroute.cost import Plan, plan_for, resolve
 from reroute.errors import EXIT_FAILURE, EXIT_GATE, EXIT_OK, UserError
 from reroute.folders import check_output
 from reroute.manifest import FILE_NAME, Capacity, Manifest, Model
@@ -139,7 +139,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def make_plan(model: Model, spec: RoutingSpec, capacity: Capacity, dtype: str = "float32") -> Plan:
     """The plan of one image and 64 text tokens, or as many as the capacity has."""
-    schedule = spec.resolve(num_layers=model.text.num_layers, num_visual=model.vision.tokens_per_image)
+    schedule = resolve(spec, model)
     return plan_for(model, schedule, capacity, dtype=dtype, num_text=min(64, capacity.max_text))
 
 

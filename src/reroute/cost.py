@@ -6,12 +6,14 @@ Conventions, so that the numbers can be checked by hand:
 * Causal attention is counted as the half that is needed: R rows make R (R + 1) / 2 query-key pairs, and a
   pair costs 4 * head_dim FLOPs a head (2 for the score, 2 for the weighted value). The vision tower's
   attention is full.
-* A decision's overhead is what the layer would not do anyway: the K projection of the candidates that do not
-  run, the query of the last row, and that query's scores against every candidate. Candidates are all S rows
-  for reroute, and the rows still alive for removal.
+* A decision's overhead is what its scoring layer would not do anyway: the K projection of the candidates that do
+  not run there, the query of the last row, and that query's scores against every candidate. Candidates are all S
+  rows for reroute, and the rows still alive for removal. The scoring layer is the decision layer itself, or the one
+  before it (`Schedule.scoring`).
 * `lm_head` runs on the last row only, for the routed and for the dense model alike.
-* The vision tower is a CLIP tower with its class token and LLaVA's two-layer projector.
-* The prompt is one step with `num_visual` visual tokens; every budget acts as min(keep, num_visual).
+* The vision tower is a CLIP tower with its class token and LLaVA's two-layer projector. Nüwa's first stage adds the
+  layers behind the feature layer, the similarity of all patches and the aggregation.
+* The prompt is one step with `num_visual` visual tokens out of the tower; every budget acts as a minimum.
 
 Sources: algorithms as in Reroute, arXiv 2606.12412.
 """
@@ -19,11 +21,13 @@ Sources: algorithms as in Reroute, arXiv 2606.12412.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from reroute.errors import UserError, nearest
 from reroute.manifest import Capacity, Model, TextModel, VisionModel
-from reroute.routing import Schedule, Stage
+from reroute.routing import RoutingSpec, Target
+from reroute.schedule import Schedule, Stage
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -174,27 +178,55 @@ def plan_for(
     size = DTYPE_BYTES[dtype]
     row_bytes = kv_bytes_per_row(text, size)
     cache_rows = capacity.cache_rows(schedule, vision.tokens_per_image)
-    stages = _stage_plans(text, schedule, num_text, num_visual, row_bytes, cache_rows)
+    images = -(-num_visual // vision.tokens_per_image)
+    entering = min(num_visual, images * schedule.entering(vision.tokens_per_image))
+    stages = _stage_plans(text, schedule, num_text, entering, row_bytes, cache_rows)
     total, layers = num_text + num_visual, text.num_layers
     lm_head = 2 * text.hidden_size * text.vocab_size
-    images = -(-num_visual // vision.tokens_per_image)
     dense_capacity = capacity.max_text + capacity.max_images * vision.tokens_per_image
-    workspace = decoder_workspace_bytes(text, stages, total, size) + vision_workspace_bytes(vision, size)
+    workspace = decoder_workspace_bytes(text, stages, num_text + entering, size) + vision_workspace_bytes(vision, size)
     return Plan(
         num_text=num_text,
         num_visual=num_visual,
-        average_visual_tokens=schedule.average_visual_tokens(num_visual),
+        average_visual_tokens=_average(schedule, entering),
         stages=stages,
         lm_head_flops=lm_head,
-        vision_flops=images * vision_flops(vision, text.hidden_size),
+        vision_flops=images * vision_flops(vision, text.hidden_size, schedule.nuwa),
         dense_decoder_flops=layers * (linear_flops(text, total) + attention_flops(text, total)) + lm_head,
         kv_bytes=sum(stage.kv_bytes for stage in stages),
         dense_kv_bytes=layers * total * row_bytes,
         cache_bytes=sum((stage.stop - stage.start) * stage.cache_rows * row_bytes for stage in stages),
         dense_cache_bytes=layers * dense_capacity * row_bytes,
-        weight_bytes=sum(model.num_parameters.values()) * size,
+        weight_bytes=(sum(model.num_parameters.values()) + extra_tower_parameters(vision, schedule)) * size,
         workspace_bytes=workspace,
     )
+
+
+def resolve(spec: RoutingSpec, model: Model) -> Schedule:
+    """The schedule of a spec for a model, targets in FLOPs and KV bytes included.
+
+    Those are the plan's figures of one image and 64 text tokens in float32: prefill FLOPs of the decoder with scoring,
+    and the KV rows that the prompt fills.
+
+    Raises:
+        UserError: see `RoutingSpec.resolve`.
+    """
+    return spec.resolve(
+        num_layers=model.text.num_layers,
+        num_visual=model.vision.tokens_per_image,
+        measure=partial(measure, model),
+    )
+
+
+def measure(model: Model, target: Target, schedule: Schedule) -> tuple[int, int]:
+    """Cost of a schedule and of the dense decoder: visual rows of all layers, FLOPs or KV bytes."""
+    plan = plan_for(model, schedule, Capacity())
+    if target == "flops":
+        return plan.decoder_flops, plan.dense_decoder_flops
+    if target == "kv":
+        return plan.kv_bytes, plan.dense_kv_bytes
+    layers, tokens = schedule.num_layers, model.vision.tokens_per_image
+    return round(schedule.average_visual_tokens(tokens) * layers), layers * tokens
 
 
 def kv_bytes_per_row(text: TextModel, dtype_bytes: int) -> int:
@@ -214,20 +246,33 @@ def attention_flops(text: TextModel, rows: int) -> int:
 
 
 def scoring_flops(text: TextModel, candidates: int, rows: int) -> int:
-    """Overhead of one decision that ranks `candidates` rows of which `rows` run."""
+    """Overhead of one decision that ranks `candidates` rows of which `rows` run in the scoring layer."""
     keys = 2 * (candidates - rows) * text.hidden_size * text.num_kv_heads * text.head_dim
     query = 2 * text.hidden_size * text.num_heads * text.head_dim
     return keys + query + 2 * candidates * text.num_heads * text.head_dim
 
 
-def vision_flops(vision: VisionModel, decoder_size: int) -> int:
-    """Patch embedding, encoder and two-layer projector for one image."""
+def vision_flops(vision: VisionModel, decoder_size: int, nuwa: int | None = None) -> int:
+    """Patch embedding, encoder and two-layer projector for one image; with `nuwa` tokens after Nüwa's first stage."""
     patches = (vision.image_size // vision.patch_size) ** 2
     rows, size = patches + 1, vision.hidden_size
     embedding = 2 * patches * 3 * vision.patch_size**2 * size
     layer = 2 * rows * (4 * size * size + 2 * size * vision.intermediate_size) + 4 * rows * rows * size
-    projector = 2 * vision.tokens_per_image * (size * decoder_size + decoder_size * decoder_size)
-    return embedding + vision.num_layers * layer + projector
+    kept = vision.tokens_per_image if nuwa is None else min(nuwa, vision.tokens_per_image)
+    projector = 2 * kept * (size * decoder_size + decoder_size * decoder_size)
+    if nuwa is None:
+        return embedding + vision.num_layers * layer + projector
+    # Similarity of all patches, the class token's query once more, and the weighted sums.
+    stage_1 = 2 * patches * patches * size + 2 * size * size + 2 * rows * size + 2 * kept * patches * size
+    return embedding + vision.depth * layer + stage_1 + projector
+
+
+def extra_tower_parameters(vision: VisionModel, schedule: Schedule) -> int:
+    """Parameters of the tower layers that only Nüwa's first stage runs: four projections, MLP, biases, two norms."""
+    if schedule.nuwa is None:
+        return 0
+    size, wide = vision.hidden_size, vision.intermediate_size
+    return (vision.depth - vision.num_layers) * (4 * size * (size + 1) + 2 * size * wide + wide + size + 4 * size)
 
 
 def decoder_workspace_bytes(text: TextModel, stages: tuple[StagePlan, ...], total: int, dtype_bytes: int) -> int:
@@ -265,17 +310,27 @@ def _stage_plans(
     row_bytes: int,
     cache_rows: tuple[int, ...],
 ) -> tuple[StagePlan, ...]:
-    alive = num_text + num_visual
+    alive = before = num_text + num_visual
     plans: list[StagePlan] = []
     for stage, capacity in zip(schedule.stages, cache_rows, strict=True):
         rows = num_text + stage.visual_rows(num_visual)
-        plans.append(_stage_plan(text, stage, rows, alive, row_bytes, capacity))
+        scored = rows if schedule.scoring == "own" else before
+        plans.append(_stage_plan(text, stage, rows, alive, scored, row_bytes, capacity))
+        before = rows
         if schedule.action == "removal":
             alive = rows
     return tuple(plans)
 
 
-def _stage_plan(text: TextModel, stage: Stage, rows: int, alive: int, row_bytes: int, capacity: int) -> StagePlan:
+def _average(schedule: Schedule, num_visual: int) -> float:
+    """Visual rows per layer of a prompt of which `num_visual` visual tokens enter the decoder."""
+    return sum(stage.num_layers * stage.visual_rows(num_visual) for stage in schedule.stages) / schedule.num_layers
+
+
+def _stage_plan(
+    text: TextModel, stage: Stage, rows: int, alive: int, scored: int, row_bytes: int, capacity: int
+) -> StagePlan:
+    """`scored` rows run in the layer that scores the stage's decision."""
     decides = stage.keep is not None
     return StagePlan(
         start=stage.start,
@@ -286,6 +341,6 @@ def _stage_plan(text: TextModel, stage: Stage, rows: int, alive: int, row_bytes:
         cache_rows=capacity,
         linear_flops=stage.num_layers * linear_flops(text, rows),
         attention_flops=stage.num_layers * attention_flops(text, rows),
-        scoring_flops=scoring_flops(text, alive, rows) if decides else 0,
+        scoring_flops=scoring_flops(text, alive, scored) if decides else 0,
         kv_bytes=stage.num_layers * rows * row_bytes,
     )

@@ -7,6 +7,7 @@ With `--json` nothing streams, and stdout gets one object.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Iterable
@@ -17,11 +18,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from reroute import report
 from reroute.commands import print_json
 from reroute.errors import EXIT_OK, RerouteError, UserError, nearest
+from reroute.folders import write_whole
 
 if TYPE_CHECKING:
     from reroute.runtime import Answer, Sampling, Session
 
 _HELP = "/image PATH adds an image to the next question, /reset forgets the dialogue, /quit leaves"
+PICTURES = (".png", ".html")
+_PICTURE_HINT = "give a path that ends with .png (one picture) or .html (a page that steps through the stages)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,33 +146,34 @@ def _ask(session: Session, turn: Turn, sampling: Sampling, max_new_tokens: int, 
 
 def check_picture(path: Path) -> None:
     """Refuse a path that no picture can be written to, before anything is asked. Raises UserError."""
-    from PIL import Image
-
-    Image.init()
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     problem = ""
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        problem = f"{path.suffix!r} is not an image format that Pillow writes"
+    if path.suffix.lower() not in PICTURES:
+        problem = f"{path.suffix!r} is none of {', '.join(PICTURES)}" if path.suffix else "its name has no ending"
     elif path.is_dir() or not parent.is_dir():
         problem = f"{path if path.is_dir() else parent} is {'a' if path.is_dir() else 'not a'} folder"
     if problem:
-        raise UserError(f"cannot write {path}: {problem}", hint="give a path that ends with .png")
+        raise UserError(f"cannot write {path}: {problem}", hint=_PICTURE_HINT)
 
 
 def save_picture(session: Session, replies: list[Reply], path: Path) -> None:
-    """Draw where the tokens of the last image ran. Raises UserError for a format Pillow does not write."""
-    from reroute.runtime import route_picture
+    """Draw where the tokens of the last image ran: a PNG or an HTML page. Raises UserError if it cannot be written."""
+    from reroute.runtime import route_page, route_picture
 
+    check_picture(path)
     reply = next((reply for reply in reversed(replies) if reply.turn.images), None)
     if reply is None:
         return
     last = len(reply.turn.images) - 1
-    picture = route_picture(reply.turn.images[last], reply.answer, session.manifest, image_index=last)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}", hint="a path that ends with .png") from error
+    turn, image = reply.turn, reply.turn.images[last]
+    if path.suffix.lower() == ".html":
+        page = route_page(image, reply.answer, session.manifest, prompt=turn.prompt, image_index=last)
+        data = page.encode("utf-8")
+    else:
+        buffer = io.BytesIO()
+        route_picture(image, reply.answer, session.manifest, image_index=last).save(buffer, "PNG")
+        data = buffer.getvalue()
+    write_whole(path, data)
     print(f"wrote {path}", file=sys.stderr)
 
 

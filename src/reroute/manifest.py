@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reroute.errors import UserError, nearest
-from reroute.routing import Schedule
+from reroute.schedule import Schedule
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "reroute.json"
 
 
@@ -45,7 +45,7 @@ class VisionModel:
     """What the runtime must know of the tower: one image gives `tokens_per_image` visual tokens.
 
     `grid` is (rows, columns) of visual tokens, row-major from the top left; `num_layers` counts the layers
-    run.
+    run, `depth` those that the tower has.
     """
 
     image_size: int
@@ -56,6 +56,7 @@ class VisionModel:
     intermediate_size: int
     num_heads: int
     num_layers: int
+    depth: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,8 @@ class Capacity:
 
     def cache_rows(self, schedule: Schedule, tokens_per_image: int) -> tuple[int, ...]:
         """Rows of the KV cache of each stage: `max_text` plus the visual rows that `max_images` can add."""
-        per_image = (stage.visual_rows(tokens_per_image) for stage in schedule.stages)
+        entering = schedule.entering(tokens_per_image)
+        per_image = (stage.visual_rows(entering) for stage in schedule.stages)
         return tuple(self.max_text + self.max_images * rows for rows in per_image)
 
 

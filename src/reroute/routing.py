@@ -1,189 +1,153 @@
-"""Routing specs and schedules: which layers decide, and how many visual tokens run after each decision.
-
-A *spec* is what a user writes; a *schedule* is a spec resolved for one model: integer budgets per stage.
+"""Routing specs: what a user writes to say how visual tokens are routed.
 
     dense
     reroute@2,7,15,23:keep=22,22,11,6               budgets in tokens
     reroute@2,7,15,23:keep=.1392,.1392,.0696,.0348  budgets as shares of the visual tokens: max(1, int(N * s))
     reroute@2,7,15,23:avg=1/9                       exact budgets for an average per layer: a share ...
     removal@2,7,15,23:avg=64:shape=geometric        ... or tokens; uniform, geometric or halving (the default)
+    reroute@2,7,15,23:flops=.3                      ... for a share of the dense decoder's FLOPs, or 1.2T
+    reroute@2,7,15,23:kv=64MiB                      ... for KV bytes, or a share of the dense decoder's
+    removal@3:keep=.25:score=previous               scored by the attention of the layer before (FastV's code)
+    removal@8,16,24:keep=.5,.25,.125:positions=renumbered   positions counted anew (PyramidDrop's code)
+    removal@16:nuwa=112:keep=16:score=previous      Nüwa: 112 tokens leave the vision tower, 16 the decision
+    reroute-pdrop:avg=1/9                           a method by name, its layers scaled to the model's depth
     published:llava15/avg64/reroute-pdrop           the ratios printed in the paper, under the paper's name
 
-Sources: Reroute, arXiv 2606.12412; PyramidDrop, arXiv 2410.17247. `shape=halving` is the paper's a, a, a/2,
-a/4.
+The same in TOML, as `[routing]` with one key per option; `action`, `method` or `published` names the head. Methods and
+published schedules are in `reroute.published`, the shapes in `reroute.solver`.
+
+FLOPs and KV bytes are those of the plan: one image and 64 text tokens (see `reroute.cost`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from reroute.errors import UserError, nearest
+from reroute.published import METHODS, PUBLISHED
+from reroute.schedule import Action, Positions, Schedule, Scoring, Stage
+from reroute.solver import NUWA_RATIO, Shape, solve
 
-Action = Literal["dense", "removal", "reroute"]
-Shape = Literal["uniform", "geometric", "halving"]
+Target = Literal["avg", "flops", "kv"]
+# (cost of a schedule, cost of the dense decoder) in the unit of a target; see `reroute.cost.measure`.
+Measure = Callable[[Target, Schedule], tuple[int, int]]
 
+_KEYS = ("keep", *get_args(Target), "shape", "score", "positions", "nuwa")
 _GRAMMAR = "ACTION@LAYERS:keep=K,K,... or ACTION@LAYERS:avg=A[:shape=S], for example reroute@2,7,15,23:avg=1/9"
-
-# (action, decision layers, shares of the visual tokens) as printed for LLaVA-1.5-7B, 32 layers, 576 tokens.
-# The "avg64" rows of the pdrop pair measure 80.4 and 84.1 tokens, not 64: the plan always prints the measured
-# average.
-PUBLISHED: dict[str, tuple[Action, tuple[int, ...], tuple[str, ...]]] = {
-    "llava15/avg192/fastv": ("removal", (3,), (".2644",)),
-    "llava15/avg128/fastv": ("removal", (3,), (".1418",)),
-    "llava15/avg64/fastv": ("removal", (3,), (".01916",)),
-    "llava15/avg192/reroute-fastv": ("reroute", (3, 7, 15, 23), (".2644",) * 4),
-    "llava15/avg128/reroute-fastv": ("reroute", (3, 7, 15, 23), (".1418",) * 4),
-    "llava15/avg64/reroute-fastv": ("reroute", (3, 7, 15, 23), (".01916",) * 4),
-    "llava15/avg192/pdrop": ("removal", (2, 7, 15, 23), (".5965", ".3558", ".2123", ".1266")),
-    "llava15/avg128/pdrop": ("removal", (2, 7, 15, 23), (".4570", ".2088", ".0954", ".0436")),
-    "llava15/avg64/pdrop": ("removal", (2, 7, 15, 23), (".2789", ".0937", ".0315", ".0106")),
-    "llava15/avg192/reroute-pdrop": ("reroute", (2, 7, 15, 23), (".4502", ".4502", ".2251", ".1126")),
-    "llava15/avg128/reroute-pdrop": ("reroute", (2, 7, 15, 23), (".2655", ".2655", ".1328", ".0664")),
-    "llava15/avg64/reroute-pdrop": ("reroute", (2, 7, 15, 23), (".1392", ".1392", ".0696", ".0348")),
+_UNITS: dict[str, dict[str, int]] = {
+    "flops": {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
+    "kv": {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Layers `start` to `stop - 1`, which run the text rows and at most `keep` visual rows.
-
-    `keep` is None in stage 0, the layers before the first decision, where every row runs. Stage 0 is always
-    present, and empty when the first decision is at layer 0.
-    """
-
-    start: int
-    stop: int
-    keep: int | None
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers in the stage."""
-        return self.stop - self.start
-
-    def visual_rows(self, num_visual: int) -> int:
-        """Visual rows that run in this stage for a step with `num_visual` visual tokens: min(keep, N)."""
-        return num_visual if self.keep is None else min(self.keep, num_visual)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """A resolved routing schedule: consecutive stages that cover all layers of one decoder."""
-
-    action: Action
-    stages: tuple[Stage, ...]
-
-    def __post_init__(self) -> None:
-        if self.action not in get_args(Action):
-            raise UserError(f"unknown routing action {self.action!r}", hint=nearest(self.action, get_args(Action)))
-        edges = [0, *(stage.stop for stage in self.stages)]
-        if not self.stages or any(s.start != e for s, e in zip(self.stages, edges, strict=False)):
-            raise ValueError(f"stages must be consecutive and start at layer 0: {self.stages}")
-        later = [stage.keep for stage in self.stages[1:]]
-        if self.stages[0].keep is not None or any(keep is None or keep < 1 for keep in later):
-            raise ValueError(f"every stage but the first has a budget of at least 1: {self.stages}")
-        if any(stage.stop < stage.start for stage in self.stages) or self.num_layers < 1:
-            raise ValueError(f"stages must cover at least one layer, forwards: {self.stages}")
-        if (self.action == "dense") != (len(self.stages) == 1):
-            raise ValueError(f"{self.action} with {len(self.stages)} stages")
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return self.stages[-1].stop
-
-    @property
-    def decision_layers(self) -> tuple[int, ...]:
-        """Layers on whose input a decision is made, ascending, 0-based."""
-        return tuple(stage.start for stage in self.stages[1:])
-
-    @property
-    def budgets(self) -> tuple[int, ...]:
-        """Visual rows kept by each decision."""
-        return tuple(stage.keep for stage in self.stages[1:] if stage.keep is not None)
-
-    def stage_of_layer(self, layer: int) -> int:
-        """Index of the stage that runs `layer`."""
-        return next(i for i, stage in enumerate(self.stages) if stage.start <= layer < stage.stop)
-
-    def average_visual_tokens(self, num_visual: int) -> float:
-        """Visual rows per layer, averaged over all layers, for a prompt with `num_visual` visual tokens."""
-        rows = sum(stage.num_layers * stage.visual_rows(num_visual) for stage in self.stages)
-        return rows / self.num_layers
+_UNIT_NAMES = {"avg": "visual tokens", "flops": "FLOPs", "kv": "KV bytes"}
+_QUANTITY = re.compile(r"([\d./]+)\s*([A-Za-z]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingSpec:
-    """What the user asked for, before it meets a model. Exactly one of `keep` and `average` is set, or
-    neither for `dense`. A `Fraction` below or equal to 1 is a share of the visual tokens; an int is a number
-    of tokens.
+    """What the user asked for, before it meets a model. Exactly one of `keep` and `target` is set, or neither for
+    `dense`. A `Fraction` is a share; an int is tokens, FLOPs or bytes.
+
+    Attributes:
+        text: the spec as written.
+        action: of the schedule.
+        layers: decision layers; empty where a method scales its own.
+        keep: budgets, one for each decision.
+        target: what `amount` measures, where budgets are to be solved.
+        amount: the target, a share or an absolute number.
+        shape: how solved budgets relate.
+        score: see `Schedule.scoring`.
+        positions: see `Schedule.positions`.
+        nuwa: tokens that leave the vision tower, "auto" for 7 times the first budget, None for all.
+        method: name in `METHODS` whose layers to scale, or empty.
     """
 
     text: str
     action: Action
     layers: tuple[int, ...] = ()
     keep: tuple[int | Fraction, ...] = ()
-    average: int | Fraction | None = None
+    target: Target | None = None
+    amount: int | Fraction = 0
     shape: Shape = "halving"
+    score: Scoring = "own"
+    positions: Positions = "original"
+    nuwa: int | Fraction | Literal["auto"] | None = None
+    method: str = ""
 
     @classmethod
     def parse(cls, text: str) -> RoutingSpec:
-        """Parse a spec string (grammar in the module docstring). Raises UserError."""
+        """Parse a spec, or read the TOML file that `text` names. Raises UserError."""
         text = text.strip()
+        if text.endswith(".toml"):
+            text = from_toml(Path(text))
         if text == "dense":
             return cls(text=text, action="dense")
         if text.startswith("published:"):
             name = text.removeprefix("published:")
             if name not in PUBLISHED:
                 raise UserError(f"unknown published schedule {name!r}", hint=nearest(name, PUBLISHED))
-            action, layers, keep = PUBLISHED[name]
-            return cls(text=text, action=action, layers=layers, keep=tuple(Fraction(k) for k in keep))
+            return replace(cls.parse(PUBLISHED[name]), text=text)
         head, *fields = text.split(":")
         name, at, layer_list = head.partition("@")
         if name == "dense":
             raise UserError(f"dense takes no layers and no options, got {text!r}", hint="write `dense` alone")
-        if name not in ("removal", "reroute"):
-            choices = ("dense", "removal", "reroute", "published")
+        if name not in ("removal", "reroute", *METHODS):
+            choices = ("dense", "removal", "reroute", "published", *METHODS)
             raise UserError(f"unknown routing action {name!r} in {text!r}", hint=nearest(name, choices))
-        if not at or not fields:
+        if not fields or (not at and name not in METHODS):
             raise UserError(f"incomplete routing spec {text!r}", hint=f"the form is {_GRAMMAR}")
-        options: dict[str, object] = {"layers": tuple(_integer(item, text) for item in layer_list.split(","))}
-        seen: set[str] = set()
-        for field in fields:
-            key, _, value = field.partition("=")
-            if key in seen:
-                raise UserError(f"{key}= occurs twice in {text!r}", hint=f"the form is {_GRAMMAR}")
-            seen.add(key)
-            if key == "keep":
-                options["keep"] = tuple(_amount(item, text) for item in value.split(","))
-            elif key == "avg":
-                options["average"] = _amount(value, text)
-            elif key == "shape":
-                if value not in get_args(Shape):
-                    raise UserError(f"unknown shape {value!r} in {text!r}", hint=nearest(value, get_args(Shape)))
-                options["shape"] = value
-            else:
-                hint = nearest(key, ("keep", "avg", "shape"))
-                raise UserError(f"unknown key {key!r} in routing spec {text!r}", hint=hint)
-        if ("keep" in options) == ("average" in options):
-            raise UserError(f"{text!r} needs exactly one of keep= and avg=", hint=f"the form is {_GRAMMAR}")
-        if "keep" in options and "shape" in options:
+        options: dict[str, Any] = {"action": name}
+        if at:
+            options["layers"] = tuple(_integer(item, text) for item in layer_list.split(","))
+        given = _fields(fields, text)
+        if name in METHODS:
+            method = METHODS[name]
+            options |= {"action": method.action, "method": name}
+            # What is written wins over the method's own; with explicit budgets a shape means nothing.
+            own = _fields(method.options, text)
+            own.pop("shape" if "keep" in given else "", None)
+            given = own | given
+        for key, value in given.items():
+            options |= _option(key, value, text)
+        wanted = [key for key in ("keep", *get_args(Target)) if key in given]
+        if len(wanted) != 1:
+            raise UserError(
+                f"{text!r} needs exactly one of keep=, avg=, flops= and kv=", hint=f"the form is {_GRAMMAR}"
+            )
+        if "keep" in given and "shape" in given:
             raise UserError(f"shape= has no meaning with keep= in {text!r}", hint=f"the form is {_GRAMMAR}")
-        return cls(text=text, action=name, **options)  # type: ignore[arg-type]
+        if "keep" in given and given.get("nuwa") == "auto":
+            raise UserError(
+                f"nuwa=auto has no meaning with keep= in {text!r}", hint="write the tokens, for example nuwa=112"
+            )
+        if options.get("positions") == "renumbered" and options["action"] != "removal":
+            raise UserError(
+                f"positions=renumbered has no meaning with {options['action']} in {text!r}",
+                hint="a token that comes back needs the position it had; use removal, or leave the key away",
+            )
+        return cls(text=text, **options)
 
-    def resolve(self, *, num_layers: int, num_visual: int) -> Schedule:
+    def resolve(self, *, num_layers: int, num_visual: int, measure: Measure | None = None) -> Schedule:
         """Integer budgets for a decoder of `num_layers` layers and `num_visual` visual tokens per image.
+
+        Args:
+            num_layers: decoder layers.
+            num_visual: visual tokens that the tower makes of one image.
+            measure: for targets in FLOPs and KV bytes, which depend on the model; see `reroute.cost.resolve`.
 
         Raises:
             UserError: a layer that does not exist, budgets that do not match the layers, exceed the
-                candidates or grow under removal, or an average that the layers before the first decision make
-                impossible.
+                candidates or grow under removal, or a target that no budgets reach.
         """
         if self.action == "dense":
             return Schedule(action="dense", stages=(Stage(start=0, stop=num_layers, keep=None),))
-        layers = self.layers
+        layers = self.layers or METHODS[self.method].at(num_layers)
         if any(b <= a for a, b in pairwise(layers)):
             raise UserError(f"decision layers must ascend, got {_join(layers)}", hint="for example 2,7,15,23")
         if layers[0] < 0 or layers[-1] >= num_layers:
@@ -191,31 +155,45 @@ class RoutingSpec:
                 f"decision layers {_join(layers)} do not fit a decoder of {num_layers} layers",
                 hint=f"layers are numbered 0 to {num_layers - 1}; a decision acts on the input of its layer",
             )
-        spans = [b - a for a, b in zip(layers, (*layers[1:], num_layers), strict=True)]
-        if self.average is not None:
-            budgets = self._solve(spans, num_layers, num_visual)
+        if self.score == "previous" and layers[0] == 0:
+            raise UserError(
+                "score=previous needs a layer before the decision, and there is none before layer 0",
+                hint="decide at layer 1 or later, or use score=own",
+            )
+        if self.target is not None:
+            lead, budgets = self._solve(layers, num_layers, num_visual, measure)
         else:
             if len(self.keep) != len(layers):
                 raise UserError(
                     f"{len(layers)} decision layers but {len(self.keep)} budgets in {self.text!r}",
                     hint="give one budget for each decision layer",
                 )
-            budgets = [max(1, int(num_visual * k)) if isinstance(k, Fraction) else k for k in self.keep]
-        self._validate(budgets, num_visual)
-        edges = [0, *layers, num_layers]
-        keeps = [None, *budgets]
-        stages = (Stage(start=a, stop=b, keep=k) for a, b, k in zip(edges, edges[1:], keeps, strict=False))
-        return Schedule(action=self.action, stages=tuple(stages))
+            lead = _tokens(self.nuwa, num_visual) if isinstance(self.nuwa, (int, Fraction)) else None
+            budgets = [_tokens(keep, num_visual) for keep in self.keep]
+        self._validate(layers, budgets, lead, num_visual)
+        return self._schedule(layers, budgets, num_layers, lead)
 
-    def _validate(self, budgets: list[int], num_visual: int) -> None:
-        candidates = num_visual
-        for layer, budget in zip(self.layers, budgets, strict=True):
+    def _schedule(self, layers: tuple[int, ...], budgets: list[int], num_layers: int, lead: int | None) -> Schedule:
+        edges = [0, *layers, num_layers]
+        stages = (Stage(start=a, stop=b, keep=k) for a, b, k in zip(edges, edges[1:], [None, *budgets], strict=False))
+        return Schedule(
+            action=self.action, stages=tuple(stages), scoring=self.score, positions=self.positions, nuwa=lead
+        )
+
+    def _validate(self, layers: tuple[int, ...], budgets: list[int], lead: int | None, num_visual: int) -> None:
+        if lead is not None and not 1 <= lead <= num_visual:
+            raise UserError(
+                f"nuwa={lead} tokens cannot leave a vision tower of {num_visual}", hint=f"give 1 to {num_visual}"
+            )
+        candidates = entering = num_visual if lead is None else lead
+        where = "" if lead is None else " after Nüwa's first stage"
+        for layer, budget in zip(layers, budgets, strict=True):
             if budget < 1:
                 raise UserError(f"the budget at layer {layer} is {budget}", hint="a budget is at least 1 token")
-            if budget > num_visual:
+            if budget > entering:
                 raise UserError(
-                    f"the budget at layer {layer} is {budget} tokens, but there are {num_visual}",
-                    hint=f"use a budget of at most {num_visual}, or a share such as .1392",
+                    f"the budget at layer {layer} is {budget} tokens, but there are {entering}{where}",
+                    hint=f"use a budget of at most {entering}, or a share such as .1392",
                 )
             if self.action == "removal":
                 if budget > candidates:
@@ -225,59 +203,115 @@ class RoutingSpec:
                     )
                 candidates = budget
 
-    def _solve(self, spans: list[int], num_layers: int, num_visual: int) -> list[int]:
-        """Largest budgets of the wanted shape whose average does not exceed the target."""
-        average = self.average
-        target = average * num_visual if isinstance(average, Fraction) else Fraction(average or 0)
-        before = self.layers[0] * num_visual
-        least = Fraction(before + sum(spans), num_layers)
-        if target < least:
-            earlier = f"decide earlier than layer {self.layers[0]}, or " if self.layers[0] else ""
+    def _solve(
+        self, layers: tuple[int, ...], num_layers: int, num_visual: int, measure: Measure | None
+    ) -> tuple[int | None, list[int]]:
+        """Tokens out of the tower (None: all) and budgets whose cost does not exceed the target."""
+        target = self.target
+        assert target is not None
+        measure = measure or _visual_rows(num_visual)
+        auto = self.nuwa == "auto"
+        fixed = _tokens(self.nuwa, num_visual) if isinstance(self.nuwa, (int, Fraction)) else None
+        if fixed is not None:
+            self._validate(layers, [1] * len(layers), fixed, num_visual)
+
+        def split(budgets: list[int]) -> tuple[int | None, list[int]]:
+            return (budgets[0], budgets[1:]) if auto else (fixed, budgets)
+
+        def cost(budgets: list[int]) -> int:
+            lead, keeps = split(budgets)
+            return measure(target, self._schedule(layers, keeps, num_layers, lead))[0]
+
+        least = cost([1] * (len(layers) + auto))
+        dense = Schedule(action="dense", stages=(Stage(start=0, stop=num_layers, keep=None),))
+        most = measure(target, dense)[1]
+        # An average of tokens is measured in rows of all layers.
+        unit = num_layers if target == "avg" else 1
+        limit = self.amount * most if isinstance(self.amount, Fraction) else Fraction(self.amount * unit)
+        wanted, name = _amount_text(limit / unit, target), _UNIT_NAMES[target]
+        if limit < least:
+            before = f"{layers[0]} of {num_layers} and {num_visual if fixed is None else fixed} visual tokens"
+            earlier = f"decide earlier than layer {layers[0]}, or " if layers[0] else ""
+            least_text = str(-(-least // unit)) if target == "avg" else f"{least / most:.4f}, a share of dense,"
+            what = f"an average of {wanted} visual tokens" if target == "avg" else f"{wanted} {name}"
             raise UserError(
-                f"an average of {float(target):.2f} visual tokens is impossible: with the first decision at "
-                f"layer {self.layers[0]} of {num_layers} and {num_visual} visual tokens the least is "
-                f"{float(least):.2f}",
-                hint=f"{earlier}ask for avg={-(-least // 1)} or more",
+                f"{what} is impossible: with the first decision at layer {before} the least is "
+                f"{_amount_text(Fraction(least, unit), target)}",
+                hint=f"{earlier}ask for {target}={least_text} or more",
             )
-        if target > num_visual:
+        if limit > most:
+            what = f"an average of {wanted} visual tokens exceeds the {num_visual} of the model"
+            if target != "avg":
+                what = f"{wanted} {name} exceed the {_amount_text(Fraction(most), target)} of the dense decoder"
+            raise UserError(what, hint="a share is between 0 and 1; use `dense` for no routing")
+        candidates = num_visual if fixed is None else fixed
+        lead_ratio = NUWA_RATIO if auto else 0
+        return split(solve(self.shape, len(layers), candidates, cost, int(limit), lead=lead_ratio))
+
+
+def from_toml(path: Path) -> str:
+    """The spec of a TOML file's `[routing]` table, in the compact form. Raises UserError."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(
+            f"cannot read the routing spec {path}: {error}", hint="see `[routing]` in the README"
+        ) from error
+    table = data.get("routing")
+    if not isinstance(table, dict) or len(data) != 1:
+        raise UserError(f"{path} needs exactly one table, [routing]", hint="see `[routing]` in the README")
+    heads = [key for key in ("action", "method", "published") if key in table]
+    if len(heads) != 1:
+        raise UserError(
+            f"{path} needs exactly one of action, method and published", hint='for example action = "reroute"'
+        )
+    head = str(table.pop(heads[0]))
+    if heads[0] == "published":
+        head = f"published:{head}"
+    if "layers" in table:
+        head += "@" + _toml_value(table.pop("layers"))
+    for key in table:
+        if key not in _KEYS:
             raise UserError(
-                f"an average of {float(target):.2f} visual tokens exceeds the {num_visual} of the model",
-                hint="a share is between 0 and 1; use `dense` for no routing",
+                f"unknown key {key!r} in {path}",
+                hint=nearest(key, ("action", "method", "published", "layers", *_KEYS)),
             )
-        room = int(target * num_layers) - before
-        weights = shape_weights(self.shape, len(spans))
-
-        def rows(scale: float) -> list[int]:
-            return [min(num_visual, max(1, int(scale * w))) for w in weights]
-
-        def cost(keeps: list[int]) -> int:
-            return sum(span * k for span, k in zip(spans, keeps, strict=True))
-
-        low, high = 0.0, num_visual / min(weights)
-        for _ in range(64):
-            middle = (low + high) / 2
-            low, high = (middle, high) if cost(rows(middle)) <= room else (low, middle)
-        keeps = rows(low)
-        # What flooring left over goes to the stages from the front, one token at a time, never growing with
-        # depth.
-        grown = True
-        while grown:
-            grown = False
-            for i, span in enumerate(spans):
-                limit = num_visual if i == 0 else keeps[i - 1]
-                if keeps[i] < limit and cost(keeps) + span <= room:
-                    keeps[i] += 1
-                    grown = True
-        return keeps
+    return ":".join([head, *(f"{key}={_toml_value(value)}" for key, value in table.items())])
 
 
-def shape_weights(shape: Shape, count: int) -> list[float]:
-    """Relative budgets: uniform 1,1,1,...; halving 1,1,1/2,1/4,...; geometric 1,1/2,1/4,..."""
-    if shape == "uniform":
-        return [1.0] * count
-    if shape == "geometric":
-        return [2.0**-i for i in range(count)]
-    return [2.0 ** -max(0, i - 1) for i in range(count)]
+def _toml_value(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _fields(fields: list[str] | tuple[str, ...], text: str) -> dict[str, str]:
+    """key=value fields, each key known and once."""
+    found: dict[str, str] = {}
+    for field in fields:
+        key, _, value = field.partition("=")
+        if key in found:
+            raise UserError(f"{key}= occurs twice in {text!r}", hint=f"the form is {_GRAMMAR}")
+        if key not in _KEYS:
+            raise UserError(f"unknown key {key!r} in routing spec {text!r}", hint=nearest(key, _KEYS))
+        found[key] = value
+    return found
+
+
+def _option(key: str, value: str, text: str) -> dict[str, Any]:
+    """One field of a spec as arguments of `RoutingSpec`."""
+    choices = {"shape": get_args(Shape), "score": get_args(Scoring), "positions": get_args(Positions)}
+    if key in choices:
+        if value not in choices[key]:
+            raise UserError(f"unknown {key} {value!r} in {text!r}", hint=nearest(value, choices[key]))
+        return {key: value}
+    if key == "keep":
+        return {"keep": tuple(_amount(item, text) for item in value.split(","))}
+    if key == "nuwa":
+        return {"nuwa": value if value == "auto" else _amount(value, text)}
+    return {"target": key, "amount": _amount(value, text) if key == "avg" else _quantity(key, value, text)}
 
 
 def _integer(item: str, text: str) -> int:
@@ -298,6 +332,49 @@ def _amount(item: str, text: str) -> int | Fraction:
     if not 0 < value <= 1:
         raise UserError(f"the share {item} in {text!r} is not between 0 and 1", hint="write tokens without a point")
     return value
+
+
+def _quantity(key: str, item: str, text: str) -> int | Fraction:
+    """`.3` and `3/10` are shares of the dense decoder's; `1.5T`, `64MiB` and `1000000` are absolute."""
+    units = _UNITS[key]
+    match = _QUANTITY.fullmatch(item)
+    if match is None or match[2] not in ("", *units):
+        known = ", ".join(units)
+        raise UserError(
+            f"{item!r} in {text!r} is not an amount of {_UNIT_NAMES[key]}",
+            hint=f"a share such as {key}=.3, or a number with {known}",
+        )
+    if not match[2]:
+        return _amount(match[1], text)
+    try:
+        return int(Fraction(match[1]) * units[match[2]])
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"{item!r} in {text!r} is not a number", hint=f"for example {key}=.3") from None
+
+
+def _tokens(amount: int | Fraction, num_visual: int) -> int:
+    return max(1, int(num_visual * amount)) if isinstance(amount, Fraction) else amount
+
+
+def _visual_rows(num_visual: int) -> Measure:
+    """The measure of `avg=`: visual rows of all layers."""
+
+    def measure(target: Target, schedule: Schedule) -> tuple[int, int]:
+        if target != "avg":
+            raise ValueError(f"a target in {_UNIT_NAMES[target]} needs the model: use reroute.cost.resolve")
+        entering = schedule.entering(num_visual)
+        rows = sum(stage.num_layers * stage.visual_rows(entering) for stage in schedule.stages)
+        return rows, schedule.num_layers * num_visual
+
+    return measure
+
+
+def _amount_text(value: Fraction, target: Target) -> str:
+    if target == "avg":
+        return f"{float(value):.2f}"
+    units = {name: size for name, size in _UNITS[target].items() if size <= value}
+    name = list(units)[-1] if units else ""
+    return f"{float(value) / units.get(name, 1):.3g} {name}".strip()
 
 
 def _join(values: tuple[int, ...]) -> str:

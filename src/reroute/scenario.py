@@ -10,6 +10,7 @@ so that a reference travels with an export as one `.npz` file and is read withou
 | in.turn_ids | int64 [P2] | token ids of the later turn |
 | in.num_tokens | int64 [] | greedy tokens after the prompt |
 | visual_embeds | float32 [1, N, D] | vision features |
+| visual_places | int64 [1, N] | where the vision graph drops tokens (Nüwa): places on the grid of those left |
 | prompt.logits | float32 [1, V] | last row of the prompt |
 | routes.{s} | int64 [1, T + K_s] | slots of stage s of the prompt |
 | scores.{s} | float32 [1, N] | reference only: what the decision before stage s ranked, by candidate slot |

@@ -130,7 +130,7 @@ def test_prompt_longer_than_the_capacity(tiny_bundle: Path, picture: Path, refus
     refused("run", tiny_bundle, "--prompt", "red", *["--image", picture] * 17, says=["612 visual tokens", "584"])
 
 
-@pytest.mark.parametrize("name", ["route.xyz", "route", "good.png/route.png"])
+@pytest.mark.parametrize("name", ["route.xyz", "route.jpg", "route", "good.png/route.png", "good.png/route.html"])
 def test_picture_that_cannot_be_written(name: str, tiny_bundle: Path, picture: Path, refused: Refused) -> None:
     """Found before anything is asked, not after the answer."""
     target = picture.parent / name

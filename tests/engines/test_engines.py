@@ -30,6 +30,10 @@ ROUTINGS = {
     "removal": "removal@2,4:keep=7,4",
     "first-layer": "reroute@0,3:keep=9,5",
     "growing": "reroute@1,3,5:keep=3,9,2",
+    "previous": "removal@1,4:keep=9,5:score=previous",
+    "previous-reroute": "reroute@1,2,5:keep=9,5,7:score=previous",
+    "renumbered": "removal@1,3,5:keep=9,5,2:positions=renumbered",
+    "renumbered-previous": "removal@1,3,5:keep=9,5,2:score=previous:positions=renumbered",
     "dense": "dense",
 }
 # (text tokens, visual tokens) of each step: image prompt, decode, text-only turn, second image, decode.
@@ -69,13 +73,15 @@ def test_every_phase_of_the_one_graph_equals_torch(
         caches = {name: np.zeros_like(cache) for name, cache in caches.items()}
     generator = torch.Generator().manual_seed(3)
     for num_text, num_visual in STEPS:
-        start, rows = run.lengths[0], num_text + num_visual
+        rows = num_text + num_visual
+        starts = run.lengths if manifest.schedule.positions == "renumbered" else run.lengths[:1]
+        tables = [rotary_rows(text.head_dim, text.rope_theta, start + torch.arange(rows)) for start in starts]
         ids = torch.randint(5, 170, (1, num_text), generator=generator)
         embeds = torch.randn(1, num_visual, text.hidden_size, generator=generator)
         visual = torch.arange(min(2, num_text - 1), min(2, num_text - 1) + num_visual)
         slots = torch.tensor([s for s in range(rows) if s not in set(visual.tolist())])
         expected = run.step(ids, embeds, slots, visual)
-        cos, sin = rotary_rows(text.head_dim, text.rope_theta, start, rows)
+        cos, sin = (torch.stack(part).squeeze(0) for part in zip(*tables, strict=True))
         feed = {
             "input_ids": ids.numpy(),
             "visual_embeds": embeds.numpy(),

@@ -20,12 +20,16 @@ class Result:
         ran: for each layer, the ascending slots that ran.
         scores: for each decision layer, the score of every row, [S].
         keys: for each layer, the rotated keys of the rows that ran, [A, H_kv, d].
+        values: for each layer, their values.
+        positions: for each layer, the rotary position of the next token.
     """
 
     hidden: np.ndarray
     ran: list[np.ndarray] = field(default_factory=list)
     scores: dict[int, np.ndarray] = field(default_factory=dict)
     keys: list[np.ndarray] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
     waited: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
@@ -41,20 +45,30 @@ def independent_forward(
     kv_heads: int,
     eps: float,
     theta: float,
+    scoring: str = "own",
+    renumbered: bool = False,
+    positions: np.ndarray | None = None,
 ) -> Result:
-    """Run the decoder layers on `h` [S, D]. `decisions` maps a layer to its budget. Weights are [out, in], HF names."""
+    """Run the decoder layers on `h` [S, D]. `decisions` maps a layer to its budget. Weights are [out, in], HF names.
+
+    `positions` [S] are the rotary positions of the rows, by default 0, 1, 2, ...
+    """
     h = h.astype(np.float64).copy()
     rows = np.arange(len(h))
     alive = rows
     running = rows
+    at = (rows if positions is None else positions).copy()
+    before = h
     result = Result(hidden=h)
     for layer in range(num_layers):
-        w = {key.split(f"layers.{layer}.")[1]: value for key, value in weights.items() if f"layers.{layer}." in key}
+        w = of_layer(weights, layer)
         if layer in decisions:
             pool = rows if action == "reroute" else alive
-            x = norm(h[pool], w["input_layernorm.weight"], eps)
-            q = rope(split(x @ w["self_attn.q_proj.weight"].T, heads), pool, theta)
-            k = rope(split(x @ w["self_attn.k_proj.weight"].T, kv_heads), pool, theta)
+            # FastV's code looks at the layer before, and at what went into it.
+            judge, seen = (w, h) if scoring == "own" else (of_layer(weights, layer - 1), before)
+            x = norm(seen[pool], judge["input_layernorm.weight"], eps)
+            q = rope(split(x @ judge["self_attn.q_proj.weight"].T, heads), at[pool], theta)
+            k = rope(split(x @ judge["self_attn.k_proj.weight"].T, kv_heads), at[pool], theta)
             probabilities = attention_probabilities(q, k, causal=True)  # [heads, P, P]
             score = np.full(len(h), -np.inf)
             score[pool] = probabilities[:, -1].mean(axis=0)
@@ -64,10 +78,12 @@ def independent_forward(
             best = ranked[: decisions[layer]]
             running = np.asarray(sorted([*pool[~is_visual[pool]].tolist(), *best]))
             alive = running
+            if renumbered:
+                at[running] = np.arange(len(running))
         before = h.copy()
         x = norm(h[running], w["input_layernorm.weight"], eps)
-        q = rope(split(x @ w["self_attn.q_proj.weight"].T, heads), running, theta)
-        k = rope(split(x @ w["self_attn.k_proj.weight"].T, kv_heads), running, theta)
+        q = rope(split(x @ w["self_attn.q_proj.weight"].T, heads), at[running], theta)
+        k = rope(split(x @ w["self_attn.k_proj.weight"].T, kv_heads), at[running], theta)
         v = split(x @ w["self_attn.v_proj.weight"].T, kv_heads)
         p = attention_probabilities(q, k, causal=True)
         mixed = np.einsum("hqk,khd->qhd", p, np.repeat(v, heads // kv_heads, axis=1))
@@ -78,8 +94,37 @@ def independent_forward(
         h[running] = y
         result.ran.append(running)
         result.keys.append(k)
+        result.values.append(v)
+        result.positions.append(int(at[running[-1]]) + 1)
         result.waited.append((np.setdiff1d(rows, running), before, h.copy()))
     return result
+
+
+def independent_decode(
+    weights: dict[str, np.ndarray], result: Result, h: np.ndarray, *, heads: int, eps: float, theta: float
+) -> np.ndarray:
+    """Run one more token `h` [1, D] through all layers and into the caches of `result`. Returns its logits [V]."""
+    h = h.astype(np.float64)
+    for layer, (keys, values, position) in enumerate(zip(result.keys, result.values, result.positions, strict=True)):
+        w = of_layer(weights, layer)
+        kv_heads = keys.shape[1]
+        x = norm(h, w["input_layernorm.weight"], eps)
+        q = rope(split(x @ w["self_attn.q_proj.weight"].T, heads), np.asarray([position]), theta)
+        k = rope(split(x @ w["self_attn.k_proj.weight"].T, kv_heads), np.asarray([position]), theta)
+        v = split(x @ w["self_attn.v_proj.weight"].T, kv_heads)
+        result.keys[layer], result.values[layer] = np.concatenate([keys, k]), np.concatenate([values, v])
+        result.positions[layer] = position + 1
+        p = attention_probabilities(q, result.keys[layer], causal=False)
+        mixed = np.einsum("hqk,khd->qhd", p, np.repeat(result.values[layer], heads // kv_heads, axis=1))
+        h = h + mixed.reshape(1, -1) @ w["self_attn.o_proj.weight"].T
+        z = norm(h, w["post_attention_layernorm.weight"], eps)
+        gate = z @ w["mlp.gate_proj.weight"].T
+        h = h + (gate / (1 + np.exp(-gate)) * (z @ w["mlp.up_proj.weight"].T)) @ w["mlp.down_proj.weight"].T
+    return norm(h, weights["norm.weight"], eps)[0] @ weights["lm_head.weight"].T
+
+
+def of_layer(weights: dict[str, np.ndarray], layer: int) -> dict[str, np.ndarray]:
+    return {key.split(f"layers.{layer}.")[1]: value for key, value in weights.items() if f"layers.{layer}." in key}
 
 
 def last_logits(weights: dict[str, np.ndarray], result: Result, eps: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from reroute.export.decoder import Output, RoutedDecoder
 from reroute.export.models.llava import decoder_source
 from reroute.export.reference import RecordingDecoder
 from reroute.manifest import TextModel
-from reroute.routing import Action, Schedule, Stage
+from reroute.schedule import Action, Positions, Schedule, Scoring, Stage
 from tests.export.independent import Result, independent_forward, last_logits
 
 
@@ -32,6 +32,8 @@ class Small:
     seed: int = 0
     eps: float = 1e-5
     theta: float = 10000.0
+    scoring: Scoring = "own"
+    positions: Positions = "original"
     model: TextModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +64,9 @@ class Small:
         edges = [0, *decisions, self.layers]
         keeps = [None, *decisions.values()]
         stages = tuple(Stage(start=a, stop=b, keep=k) for a, b, k in zip(edges, edges[1:], keeps, strict=False))
-        return Schedule(action=action if decisions else "dense", stages=stages)
+        if not decisions:
+            return Schedule(action="dense", stages=stages)
+        return Schedule(action=action, stages=stages, scoring=self.scoring, positions=self.positions)
 
     def decoder(self, action: Action = "dense", decisions: dict[int, int] | None = None) -> RoutedDecoder:
         decoder = RoutedDecoder(self.model, self.schedule(action, decisions or {})).eval()
@@ -88,14 +92,19 @@ class Small:
         run = RecordingDecoder(self.decoder(action, decisions), capacity=self.rows + 16)
         return run.step(*self.inputs()), run
 
-    def expected(self, action: Action, decisions: dict[int, int]) -> tuple[Result, np.ndarray]:
-        """The independent statement on the same weights; weights back to [out, in] and HF names."""
+    def weights(self) -> dict[str, np.ndarray]:
+        """The same weights in float64, back to [out, in] and HF names."""
         decoder = self.decoder()
         weights = {}
         for name, tensor in decoder.state_dict().items():
             transposed = name.endswith("_proj.weight") or name == "lm_head.weight"
             source = decoder_source(name, tied=False).removeprefix("language_model.")
             weights[source] = (tensor.T if transposed else tensor).numpy().astype(np.float64)
+        return weights
+
+    def expected(self, action: Action, decisions: dict[int, int]) -> tuple[Result, np.ndarray]:
+        """The independent statement on the same weights."""
+        weights = self.weights()
         ids, embeds, _, _ = self.inputs()
         h = np.zeros((self.rows, self.hidden))
         h[~self.is_visual] = weights["embed_tokens.weight"][ids[0].numpy()]
@@ -111,6 +120,8 @@ class Small:
             kv_heads=self.kv_heads,
             eps=self.eps,
             theta=self.theta,
+            scoring=self.scoring,
+            renumbered=self.positions == "renumbered",
         )
         return result, last_logits(weights, result, self.eps)
 

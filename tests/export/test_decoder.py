@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from reroute.export import ops
 from reroute.export.reference import RecordingDecoder
-from reroute.routing import Action
-from tests.export.independent import attention_probabilities, rope
+from reroute.schedule import Action, Positions, Scoring
+from tests.export.independent import attention_probabilities, independent_decode, rope
 from tests.export.small import Small, score_margin
 
 MARGIN = 1e-5
@@ -27,6 +27,9 @@ DECISIONS = {2: 7, 4: 4}
 def cases(draw: st.DrawFn) -> tuple[Small, Action, dict[int, int]]:
     """A random size, seed and schedule; budgets shrink, so that both actions accept them."""
     layers = draw(st.integers(2, 7))
+    action: Action = draw(st.sampled_from(["reroute", "removal"]))
+    scoring: Scoring = draw(st.sampled_from(["own", "previous"]))
+    positions: list[Positions] = ["original", "renumbered"] if action == "removal" else ["original"]
     heads, kv_heads = draw(st.sampled_from([(4, 4), (4, 2), (4, 1), (2, 2)]))
     visual = draw(st.integers(1, 24))
     text = draw(st.integers(2, 8))
@@ -38,13 +41,16 @@ def cases(draw: st.DrawFn) -> tuple[Small, Action, dict[int, int]]:
         text=text,
         start=draw(st.integers(0, text - 1)),
         seed=draw(st.integers(0, 2**16)),
+        scoring=scoring,
+        positions=draw(st.sampled_from(positions)),
     )
-    where = sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1, max_size=3)))
+    first = 1 if scoring == "previous" else 0
+    where = sorted(draw(st.sets(st.integers(first, layers - 1), min_size=1, max_size=3)))
     budgets = sorted((draw(st.integers(1, visual)) for _ in where), reverse=True)
-    return small, draw(st.sampled_from(["reroute", "removal"])), dict(zip(where, budgets, strict=True))
+    return small, action, dict(zip(where, budgets, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_routing_equals_the_independent_statement(case: tuple[Small, Action, dict[int, int]]) -> None:
     """2, 8, 9: stagewise = per layer, last-row = full-matrix scoring, angles by original position."""
@@ -66,6 +72,12 @@ def test_routing_equals_the_independent_statement(case: tuple[Small, Action, dic
         assert rows == len(result.ran[layer])
         cache = output.present[layer][0][0, :, :rows].numpy().transpose(1, 0, 2)
         np.testing.assert_allclose(cache, result.keys[layer], atol=1e-4)
+    # Decode: no routing, each layer sees its own cache, and the position goes on where the method says.
+    weights = small.weights()
+    for token in (3, 41):
+        embedded = weights["embed_tokens.weight"][[token]]
+        expected = independent_decode(weights, result, embedded, heads=small.heads, eps=small.eps, theta=small.theta)
+        np.testing.assert_allclose(run.decode(token).logits[0].numpy(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("action", ["reroute", "removal"])
@@ -93,6 +105,7 @@ def test_3_one_decision_makes_reroute_and_removal_equal(layer: int, keep: int, s
 def test_4_5_6_7_sets_of_rows(case: tuple[Small, Action, dict[int, int]]) -> None:
     """First decisions agree, waiting rows do not change, caches are S then T + K, removal sets are nested."""
     small, _, decisions = case
+    small.positions = "original"
     routes = {}
     actions: tuple[Action, ...] = ("reroute", "removal")
     for action in actions:

@@ -55,7 +55,7 @@ def _compare_with_transformers(folder: Path, routing: str, *, tokens: int) -> No
     family = family_of(opened)
     model = family.read(opened)
     decoder = family.build_decoder(opened, model, resolve(routing, model))
-    tower = family.build_vision(opened, model)
+    tower = family.build_vision(opened, model, decoder.schedule)
     inputs = scenario.probe(model, num_tokens=tokens)
     ours = record(decoder, tower, model, inputs)
 
@@ -92,7 +92,7 @@ def test_removal_and_reroute_change_the_answer_of_a_real_model(tiny_checkpoint: 
     ids, text_slots, visual_slots = place_image(
         inputs.prompt_ids, model.tokens.image_token_id, model.vision.tokens_per_image
     )
-    embeds = family.build_vision(opened, model)(torch.from_numpy(inputs.pixel_values))
+    embeds = family.build_vision(opened, model, resolve("dense", model))(torch.from_numpy(inputs.pixel_values))
     logits = {}
     for routing in ("dense", "removal@1,3,5:keep=6,4,2", "reroute@1,3,5:keep=6,4,2"):
         decoder = family.build_decoder(opened, model, resolve(routing, model))

@@ -33,8 +33,10 @@ from reroute.manifest import (
     file_table,
 )
 from reroute.routing import RoutingSpec
+from reroute.runtime.answer import Answer, Timings
 from reroute.runtime.backend import StepOutputs
 from reroute.runtime.layout import StepInputs, rows_added
+from reroute.runtime.positions import VisualTokens
 
 HIDDEN, HEAD_DIM, KV_HEADS, LAYERS, GRID = 8, 4, 2, 6, (4, 4)
 VISUAL = GRID[0] * GRID[1]
@@ -139,6 +141,7 @@ def make_manifest(
         intermediate_size=16,
         num_heads=2,
         num_layers=1,
+        depth=1,
     )
     image = ImageProcessing(
         shortest_edge=32,
@@ -177,6 +180,24 @@ def make_manifest(
         files=files,
         estimates={},
         versions={},
+    )
+
+
+def make_answer(
+    text: str, routes: Sequence[Sequence[int]], *, entered: Sequence[int] | None = None, images: int = 1
+) -> Answer:
+    """An answer about images of 4 x 4 visual tokens, of which all entered the decoder unless `entered` says."""
+    indices = np.arange(images * VISUAL) if entered is None else np.asarray(entered, dtype=np.int64)
+    timings = Timings(image_ms=0, vision_ms=0, prefill_ms=0, decode_ms=0, prefill_tokens=0, decode_tokens=0)
+    return Answer(
+        text=text,
+        token_ids=(),
+        stop_reason="eos",
+        routes=tuple(np.asarray(route, dtype=np.int64) for route in routes),
+        entered=indices,
+        prompt_tokens=5,
+        visual_tokens=len(indices),
+        timings=timings,
     )
 
 
@@ -221,12 +242,16 @@ class FakeBackend:
         pairs = zip(self.manifest.schedule.stages, self.manifest.cache_rows, strict=True)
         return sum(stage.num_layers * rows for stage, rows in pairs) * 2 * KV_HEADS * HEAD_DIM * 4
 
-    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+    def encode(self, pixel_values: np.ndarray) -> VisualTokens:
         assert pixel_values.shape[1:] == (3, 32, 32)
         assert pixel_values.dtype == np.float32
         self.encoded.append(pixel_values)
         means = pixel_values.mean(axis=(1, 2, 3))[:, None, None]
-        return (means + np.zeros((len(pixel_values), VISUAL, HIDDEN))).astype(np.float32)
+        entering = self.manifest.schedule.entering(VISUAL)
+        embeds = (means + np.zeros((len(pixel_values), entering, HIDDEN))).astype(np.float32)
+        # Where the tower drops tokens, every other one is left.
+        places = np.tile(np.arange(entering) * 2 % VISUAL, (len(pixel_values), 1))
+        return VisualTokens(embeds=embeds, places=places if entering < VISUAL else None)
 
     def step(self, inputs: StepInputs) -> StepOutputs:
         if self.fail:

@@ -10,7 +10,8 @@ from reroute.runtime import Session, route_picture
 from reroute.runtime.backend import BackendOptions, open_backend
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import StepInputs
-from reroute.runtime.picture import parse_box
+from reroute.runtime.overlay import parse_box
+from reroute.runtime.positions import Positions
 
 pytest.importorskip("onnxruntime")
 rng = np.random.default_rng(0)
@@ -118,8 +119,7 @@ def step_of(session: Session, ids: list[int]) -> StepInputs:
     from reroute.runtime.layout import lay_out
 
     layout = lay_out(ids, image_token="<image>", image_token_id=4, num_images=0, tokens_per_image=36)
-    nothing = np.zeros((1, 0, session.manifest.model.text.hidden_size), np.float32)
-    return layout.inputs(nothing, session._rotary, int(session.backend.lengths[0]))
+    return Positions(session.manifest).inputs(layout, None, session.backend.lengths)
 
 
 def test_one_prompt_equals_token_by_token(tiny_bundle: Path) -> None:

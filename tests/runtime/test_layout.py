@@ -64,11 +64,11 @@ def test_refuses_nothing() -> None:
         place([], 0)
 
 
-def test_inputs_start_at_the_dialogues_position() -> None:
+def test_inputs_of_one_prompt() -> None:
     layout = place([1, IMAGE, 5], 1)
     rotary = Rotary(head_dim=4, theta=10.0, rows=30)
     embeds = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
-    step = layout.inputs(embeds, rotary, 7)
+    step = layout.inputs(embeds, *rotary.rows(7, 5))
     assert step.input_ids.tolist() == [[1, 5]]
     np.testing.assert_array_equal(step.visual_embeds, embeds)
     np.testing.assert_array_equal(step.rope_cos, rotary.cos[7:12])
@@ -78,7 +78,7 @@ def test_inputs_start_at_the_dialogues_position() -> None:
 def test_several_images_are_joined_in_order() -> None:
     layout = place([IMAGE, 1, IMAGE, 5], 2)
     embeds = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
-    step = layout.inputs(embeds, Rotary(head_dim=4, theta=10.0, rows=30), 0)
+    step = layout.inputs(embeds, *Rotary(head_dim=4, theta=10.0, rows=30).rows(0, 8))
     assert step.visual_embeds.shape == (1, 6, 2)
     assert step.visual_embeds[0, :, 0].tolist() == [0, 2, 4, 6, 8, 10]
 

@@ -6,6 +6,7 @@ from PIL import Image
 
 from reroute.errors import UserError
 from reroute.runtime.bundle import Bundle
+from reroute.runtime.positions import Positions
 from reroute.runtime.sampling import Sampling
 from reroute.runtime.session import Session
 from tests.runtime import fakes
@@ -73,7 +74,7 @@ def test_positions_count_deferred_tokens(open_session: Callable[..., tuple[Sessi
     session, backend = open_session("here there </s> now </s>")
     session.ask("where is the cat ?", PICTURE)
     first = 8 + VISUAL + 1  # 9 text rows in front of the first decode step's position
-    table = session._rotary
+    table = Positions(session.manifest).rotary
     np.testing.assert_array_equal(backend.steps[1].rope_cos, table.cos[first - 1 + 0 : first])
     np.testing.assert_array_equal(backend.steps[2].rope_cos, table.cos[first : first + 1])
     session.ask("the dog ?")

@@ -1,0 +1,1 @@
+"""Questions, datasets and the scoring of bundles."""
