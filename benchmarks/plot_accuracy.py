@@ -2,8 +2,8 @@
 
     python benchmarks/plot_accuracy.py benchmarks/results/accuracy.json -o docs
 
-Reads `rows`, one for each bundle (see `Row`; ratios are 0..1, intervals 95 %), and what bounds the numbers: `engine`
-(model, engine and precision in words) and `questions`, the number of questions of each task. Writes
+Reads what benchmarks/accuracy.py writes: `rows`, one for each bundle (see `Row`; ratios are 0..1, intervals 95 %), and
+what bounds the numbers: `boundary`, `engine` and `questions`, with the number of questions of each task. Writes
 accuracy-grounding.svg and accuracy-vqa.svg; the same input gives the same bytes with the same matplotlib.
 
 Text stays text, and colours follow the reader's light or dark mode. Nothing hangs on colour alone: every method has a
@@ -18,6 +18,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ class Accuracy:
     """Everything that is drawn or said below a figure."""
 
     rows: tuple[Row, ...]
+    boundary: str
     engine: str
+    question_set: str
     questions: dict[str, int]
 
     @property
@@ -111,10 +114,12 @@ def load(path: Path) -> Accuracy:
     rows = _get(data, "rows", str(path), list)
     if not rows:
         raise UserError(f"{path} has no rows", hint=_HINT)
-    questions = _get(data, "questions", str(path), dict)
+    questions, engine = (_get(data, key, str(path), dict) for key in ("questions", "engine"))
     accuracy = Accuracy(
         rows=tuple(_row(row, f"{path}, row {index}") for index, row in enumerate(rows)),
-        engine=_get(data, "engine", str(path), str),
+        boundary=_get(data, "boundary", str(path), str),
+        engine=" ".join(_get(engine, key, f"{path}, engine", str) for key in ("engine", "version", "provider")),
+        question_set=_get(questions, "set", f"{path}, questions", str),
         questions={task: int(_number(questions, task, f"{path}, questions")) for task in TASKS},
     )
     dense = sum(row.method == "dense" for row in accuracy.rows)
@@ -133,13 +138,18 @@ def _row(data: Any, where: str) -> Row:
     for task in TASKS:
         value, interval = _number(data, task, where), _get(data, f"{task}_interval", where, list)
         numbers = [side for side in interval if isinstance(side, int | float) and not isinstance(side, bool)]
-        if len(interval) != 2 or len(numbers) != 2 or not 0 <= numbers[0] <= value <= numbers[1] <= 1:
+        if len(interval) != 2 or len(numbers) != 2 or not _ascend(0, numbers[0], value, numbers[1], 1):
             raise UserError(
                 f"{where}: {task} is {value} in the interval {interval}", hint="[low, high] around it, all in 0..1"
             )
         scores[task] = (value, float(numbers[0]), float(numbers[1]))
     average = _number(data, "average_visual_tokens", where)
     return Row(method=method, action=action, average_visual_tokens=average, scores=scores)
+
+
+def _ascend(*numbers: float) -> bool:
+    """Whether they do, up to the rounding of a mean."""
+    return all(first <= second + 1e-9 for first, second in pairwise(numbers))
 
 
 def _get(data: Any, key: str, where: str, kind: type) -> Any:
@@ -173,19 +183,21 @@ def figure(accuracy: Accuracy, task: str) -> str:
         **spines,
     }  # text, not outlines
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **settings}):
-        canvas = Figure(figsize=(9.4, 4.6), facecolor=_PAPER)
+        canvas = Figure(figsize=(9.4, 4.8), facecolor=_PAPER)
         canvas.text(0.015, 0.95, TASKS[task], color=_INK, fontsize=13, fontweight="bold", va="center")
         canvas.text(0.015, 0.885, "correct, %, with 95 % intervals", color=_FAINT, va="center")
         _draw_key(canvas)
         for place, method in enumerate(METHODS):
-            axes = canvas.add_axes((0.055 + 0.288 * place, 0.24, 0.268, 0.535))
+            axes = canvas.add_axes((0.055 + 0.288 * place, 0.265, 0.268, 0.515))
             _draw_axes(axes, accuracy, task, method, first=place == 0)
             _draw_dense(axes, accuracy.dense, task, place, last=place == len(METHODS) - 1)
             for action in ACTIONS:
                 _draw_line(axes, accuracy, task, method, action)
-        canvas.text(0.475, 0.098, "visual tokens per layer, measured average (log scale)", color=_FAINT, ha="center")
-        caption = f"{accuracy.engine}. {accuracy.questions[task]} questions, the same ones for every point."
-        canvas.text(0.015, 0.03, caption, color=_FAINT, fontsize=9.5)
+        canvas.text(0.475, 0.13, "visual tokens per layer, measured average (log scale)", color=_FAINT, ha="center")
+        asked = f"{accuracy.questions[task]} questions ({accuracy.question_set}), the same ones for every point"
+        small = {"color": _FAINT, "fontsize": 9, "va": "bottom"}
+        canvas.text(0.015, 0.055, f"{accuracy.boundary[:1].upper()}{accuracy.boundary[1:]}.", **small)
+        canvas.text(0.015, 0.015, f"{asked}; {accuracy.engine}.", **small)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": TASKS[task]})
     return adapt(buffer.getvalue())

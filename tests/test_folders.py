@@ -37,7 +37,7 @@ def test_a_file_that_cannot_be_written_keeps_the_older_one(tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
-        with pytest.raises(UserError, match="cannot write .*a.png: No space left on device"):
+        with pytest.raises(UserError, match=r"cannot write .*a\.png: No space left on device"):
             write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
