@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from reroute import __version__
+from reroute import __version__, routing
 from reroute.errors import EXIT_FAILURE, EXIT_OK, RerouteError, UserError
 from reroute.report import print_error
 
@@ -27,7 +27,9 @@ example:
 _PICTURE_HELP = (
     "draw where the last image's tokens ran: .png is one picture, .html a page that steps through the stages"
 )
-_ROUTING_HELP = "dense, ACTION@LAYERS:keep=K,K,..., ACTION@LAYERS:avg=A[:shape=S], or published:NAME"
+_ROUTING_HELP = (
+    "dense, METHOD:avg=A, ACTION@LAYERS:keep=K,K,..., ACTION@LAYERS:avg=A, published:NAME, or a .toml file; see below"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,7 +74,9 @@ def build_parser() -> Parser:
     def command(name: str, summary: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=summary, parents=[common], allow_abbrev=False)
 
-    _add_export(command("export", "Turn a checkpoint into graphs with the routing inside, or print the plan."))
+    export = command("export", "Turn a checkpoint into graphs with the routing inside, or print the plan.")
+    export.epilog, export.formatter_class = routing.__doc__, argparse.RawDescriptionHelpFormatter
+    _add_export(export)
     _add_build(command("build", "Lower an export for an engine library and check it against the reference."))
     _add_run(command("run", "Ask a bundle about images."))
     _add_check(command("check", "Compare a bundle with the torch reference; exit 3 when a gate fails."))

@@ -161,6 +161,7 @@ def _print_manifest(manifest: Manifest, path: Path) -> None:
         ("backend", manifest.backend),
         ("dtype", manifest.dtype),
         ("routing", manifest.routing),
+        ("decisions", report.describe(manifest.schedule)),
         ("visual tokens per layer", f"{manifest.average_visual_tokens:.1f} (measured average)"),
         ("capacity", f"{manifest.capacity.max_text} text tokens, {manifest.capacity.max_images} images"),
         ("check", _verdict(manifest)),

@@ -75,6 +75,7 @@ class Plan:
     engine library and of Python are not in it.
     """
 
+    schedule: Schedule
     num_text: int
     num_visual: int
     average_visual_tokens: float
@@ -186,6 +187,7 @@ def plan_for(
     dense_capacity = capacity.max_text + capacity.max_images * vision.tokens_per_image
     workspace = decoder_workspace_bytes(text, stages, num_text + entering, size) + vision_workspace_bytes(vision, size)
     return Plan(
+        schedule=schedule,
         num_text=num_text,
         num_visual=num_visual,
         average_visual_tokens=_average(schedule, entering),

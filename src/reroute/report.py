@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from reroute.cost import Plan
+    from reroute.schedule import Schedule
 
 WIDTH = 120
 
@@ -74,12 +75,24 @@ def pairs(values: Iterable[tuple[str, object]]) -> Table:
     return grid
 
 
+def describe(schedule: Schedule) -> str:
+    """What a schedule does besides its budgets, in words."""
+    if schedule.action == "dense":
+        return "none: every token runs in every layer"
+    lost = {"reroute": "the others wait and compete again", "removal": "the others are gone for good"}
+    scored = {"own": "the decision layer", "previous": "the layer before"}
+    words = [f"scored by {scored[schedule.scoring]}", lost[schedule.action], f"{schedule.positions} positions"]
+    if schedule.nuwa is not None:
+        words.insert(0, f"{schedule.nuwa} tokens leave the vision tower (Nüwa)")
+    return ", ".join(words)
+
+
 def print_plan(plan: Plan, routing: str, stream: TextIO) -> None:
     """The plan: one row a stage, then totals next to the dense model."""
     rows = [
         (
             f"{stage.start}-{stage.stop - 1}" if stage.stop > stage.start else "none",
-            "all" if stage.budget is None else stage.budget,
+            (plan.schedule.nuwa or "all") if stage.budget is None else stage.budget,
             stage.candidates if stage.budget is not None else "-",
             stage.rows,
             format_flops(stage.linear_flops),
@@ -101,8 +114,9 @@ def print_plan(plan: Plan, routing: str, stream: TextIO) -> None:
                     "visual tokens per layer",
                     f"{plan.average_visual_tokens:.1f} of {plan.num_visual} (measured average)",
                 ),
+                ("decisions", describe(plan.schedule)),
                 ("decoder prefill", _against(plan.decoder_flops, plan.dense_decoder_flops, format_flops)),
-                ("vision tower", f"{format_flops(plan.vision_flops)}, not reduced by routing"),
+                ("vision tower", f"{format_flops(plan.vision_flops)}, not reduced by the decoder's routing"),
                 ("KV cache, this prompt", _against(plan.kv_bytes, plan.dense_kv_bytes, format_bytes)),
                 ("KV cache, full capacity", _against(plan.cache_bytes, plan.dense_cache_bytes, format_bytes)),
                 ("weights", format_bytes(plan.weight_bytes)),
