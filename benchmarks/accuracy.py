@@ -3,6 +3,10 @@
     python benchmarks/accuracy.py                     the table: benchmarks/results/accuracy.json
     python benchmarks/accuracy.py --ablation          decision layers, scoring, positions: accuracy-ablation.json
 
+The paper's table, for whoever has LLaVA-1.5 and the data, one dataset at a time (docs/evaluation.md):
+
+    python benchmarks/accuracy.py --checkpoint llava-1.5-7b-hf --published --set refcoco --data RefCOCO --json out.json
+
 Each schedule is exported, built, checked against the torch reference and asked the same questions about generated
 scenes; answers are greedy. The table asks held-out scenes, which nothing was tuned on; the ablation asks validation
 scenes, so that whoever chooses by it has not looked at the held-out ones. Intervals are 95 % bootstrap intervals over
@@ -21,18 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reroute.cli import add_question_set
 from reroute.cost import plan_for
 from reroute.engines import build
-from reroute.evaluation.command import progress
-from reroute.evaluation.runner import Run, run_bundles
-from reroute.evaluation.scenes import SceneSet
+from reroute.evaluation.command import SCENES, progress, question_set
+from reroute.evaluation.questions import QuestionSet
+from reroute.evaluation.runner import TOGETHER_BYTES, Run, run_bundles
 from reroute.evaluation.statistics import Bootstrap
 from reroute.evaluation.summary import summarise
 from reroute.export import export_checkpoint
 from reroute.folders import write_whole
+from reroute.published import PUBLISHED
 from reroute.runtime import Bundle, Session
 
-TIERS = ("1/3", "2/9", "1/9")
+TIERS = {"1/3": 192, "2/9": 128, "1/9": 64}
 PAIRS = {"fastv": "reroute-fastv", "pdrop": "reroute-pdrop", "nuwa": "reroute-nuwa"}
 RESULTS = Path(__file__).parent / "results"
 
@@ -47,13 +53,16 @@ class Case:
     routing: str
 
 
-def table_cases() -> list[Case]:
-    """Dense, and each method's removal and reroute at each tier."""
+def table_cases(*, published: bool = False) -> list[Case]:
+    """Dense, and each method's removal and reroute at each tier; `published`: with LLaVA-1.5-7B's printed ratios."""
     cases = [Case(method="dense", action="dense", tier=None, routing="dense")]
-    for tier in TIERS:
+    for tier, tokens in TIERS.items():
         for removal, reroute in PAIRS.items():
-            cases.append(Case(method=removal, action="removal", tier=tier, routing=f"{removal}:avg={tier}"))
-            cases.append(Case(method=removal, action="reroute", tier=tier, routing=f"{reroute}:avg={tier}"))
+            for action, name in (("removal", removal), ("reroute", reroute)):
+                printed = f"llava15/avg{tokens}/{name}"
+                use = published and printed in PUBLISHED  # reroute-nuwa is this project's
+                routing = f"published:{printed}" if use else f"{name}:avg={tier}"
+                cases.append(Case(method=removal, action=action, tier=tier, routing=routing))
     return cases
 
 
@@ -102,7 +111,8 @@ def ablation_cases() -> list[Case]:
         for routing in routings:
             method = next((name for name in PAIRS if name in routing.partition(":")[0]), "own layers")
             action = "reroute" if routing.startswith("reroute") else "removal"
-            cases.append(Case(method=f"{change}: {method}", action=action, tier="1/9", routing=routing))
+            tier = next((tier for tier in TIERS if f"avg={tier}" in routing), None)
+            cases.append(Case(method=f"{change}: {method}", action=action, tier=tier, routing=routing))
     return cases
 
 
@@ -122,7 +132,6 @@ def rows_of(cases: Sequence[Case], runs: Sequence[Run], bootstrap: Bootstrap) ->
     for case, run, entry in zip(cases, runs, summary["bundles"], strict=True):
         manifest = run.bundle.manifest
         plan = plan_for(manifest.model, manifest.schedule, manifest.capacity)
-        grounding, vqa = entry["scores"]["grounding"], entry["scores"]["vqa"]
         row: dict[str, Any] = {
             "method": case.method,
             "action": case.action,
@@ -135,14 +144,7 @@ def rows_of(cases: Sequence[Case], runs: Sequence[Run], bootstrap: Bootstrap) ->
             "measured_visual_tokens": entry["measured"]["visual_tokens_per_layer"],
             "kv_bytes": plan.kv_bytes,
             "prefill_flops": plan.decoder_flops + plan.vision_flops,
-            "grounding": grounding["accuracy"]["value"],
-            "grounding_interval": interval(grounding["accuracy"]),
-            "mean_iou": grounding["mean_iou"]["value"],
-            "mean_iou_interval": interval(grounding["mean_iou"]),
-            "vqa": vqa["accuracy"]["value"],
-            "vqa_interval": interval(vqa["accuracy"]),
-            "grounding_by_size": {k: v["accuracy"]["value"] for k, v in grounding["by_size"].items()},
-            "vqa_by_kind": {k: v["value"] for k, v in vqa["by_kind"].items()},
+            **scores_of(entry["scores"]),
             "decisions": entry["decisions"],
         }
         if "agreement" in entry:
@@ -155,16 +157,32 @@ def rows_of(cases: Sequence[Case], runs: Sequence[Run], bootstrap: Bootstrap) ->
     return rows
 
 
+def scores_of(scores: dict[str, Any]) -> dict[str, Any]:
+    """The scores of the skills that the questions have."""
+    row: dict[str, Any] = {}
+    if grounding := scores.get("grounding"):
+        row["grounding"] = grounding["accuracy"]["value"]
+        row["grounding_interval"] = interval(grounding["accuracy"])
+        row["mean_iou"] = grounding["mean_iou"]["value"]
+        row["mean_iou_interval"] = interval(grounding["mean_iou"])
+        row["grounding_by_size"] = {size: part["accuracy"]["value"] for size, part in grounding["by_size"].items()}
+    if vqa := scores.get("vqa"):
+        row["vqa"] = vqa["accuracy"]["value"]
+        row["vqa_interval"] = interval(vqa["accuracy"])
+        row["vqa_by_kind"] = {kind: part["value"] for kind, part in vqa["by_kind"].items()}
+    return row
+
+
 def difference(differences: dict[tuple[str, str], Any], first: str, second: str) -> dict[str, Any]:
     """first - second on the same questions, with its interval."""
     sign = 1 if (first, second) in differences else -1
     entry = differences[(first, second) if sign == 1 else (second, first)]
     result = {}
     for skill in ("grounding", "vqa"):
-        estimate = entry[skill]["accuracy"]
-        bounds = sorted(sign * bound for bound in interval(estimate))
-        result[skill] = sign * estimate["value"]
-        result[f"{skill}_interval"] = bounds
+        if skill in entry:
+            estimate = entry[skill]["accuracy"]
+            result[skill] = sign * estimate["value"] + 0.0  # no minus in front of zero
+            result[f"{skill}_interval"] = sorted(sign * bound + 0.0 for bound in interval(estimate))
     return result
 
 
@@ -175,8 +193,11 @@ def interval(estimate: dict[str, Any]) -> list[float]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The README's table."""
 
-    def cell(value: float, bounds: Sequence[float]) -> str:
-        return f"{100 * value:.1f} ({100 * bounds[0]:.1f}-{100 * bounds[1]:.1f})"
+    def cell(row: dict[str, Any], skill: str) -> str:
+        if skill not in row:
+            return ""
+        low, high = row[f"{skill}_interval"]
+        return f"{100 * row[skill]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
     lines = [
         "| method | action | visual tokens | grounding, % | one-word, % | reroute - removal, points |",
@@ -184,54 +205,73 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         gain = row.get("gain_over_removal")
-        points = f"{100 * gain['grounding']:+.1f} / {100 * gain['vqa']:+.1f}" if gain else ""
-        average = f"{row['average_visual_tokens']:.1f}" + (f" ({row['tier']})" if row["tier"] else "")
-        lines.append(
-            f"| {row['method']} | {row['action']} | {average} | {cell(row['grounding'], row['grounding_interval'])} | "
-            f"{cell(row['vqa'], row['vqa_interval'])} | {points} |"
+        points = (
+            " / ".join(f"{100 * gain[skill]:+.1f}" for skill in ("grounding", "vqa") if skill in gain) if gain else ""
         )
+        average = f"{row['average_visual_tokens']:.1f}" + (f" ({row['tier']})" if row["tier"] else "")
+        cells = (row["method"], row["action"], average, cell(row, "grounding"), cell(row, "vqa"), points)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("demo/model"))
-    parser.add_argument("--questions", type=int, default=1000, help="of each skill")
     parser.add_argument("--ablation", action="store_true")
-    parser.add_argument("--split", choices=("heldout", "validation"), help="default: what the docstring says")
+    parser.add_argument(
+        "--published", action="store_true", help="the ratios printed for LLaVA-1.5-7B, where there are any"
+    )
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="default: in benchmarks/results")
+    add_question_set(parser)
     args = parser.parse_args()
-    cases = ablation_cases() if args.ablation else table_cases()
-    split = args.split or ("validation" if args.ablation else "heldout")
+    cases = ablation_cases() if args.ablation else table_cases(published=args.published)
+    if args.set == SCENES and args.ablation and args.split is None:
+        args.split = "validation"
     output = args.json or RESULTS / ("accuracy-ablation.json" if args.ablation else "accuracy.json")
-    questions = SceneSet(grounding=args.questions, vqa=args.questions, split=split)
+    questions = question_set(args)
     bootstrap = Bootstrap()
-    with tempfile.TemporaryDirectory() as folder:
-        bundles = []
-        for number, case in enumerate(cases):
-            print(f"building {number + 1} of {len(cases)}: {case.routing}", file=sys.stderr, flush=True)
-            bundles.append(make_bundle(args.checkpoint, case.routing, Path(folder) / str(number)))
-        with progress(len(bundles) * len(questions)) as advance:
-            runs = run_bundles(
-                bundles,
-                questions,
-                open_engine=lambda bundle: Session.open(bundle.path, threads=args.threads),
-                advance=advance,
-            )
-        rows = rows_of(cases, runs, bootstrap)
+    runs = run_cases(args.checkpoint, cases, questions, args.threads)
     manifest = runs[0].bundle.manifest
+    skills = [question.skill for question in questions]
     document = {
         "boundary": "share of questions answered right, greedy, by the exported fp32 engines in ONNX Runtime",
-        "questions": {"set": questions.name, "grounding": args.questions, "vqa": args.questions},
-        "statistics": {"interval": "95 % bootstrap over scenes", "resamples": bootstrap.resamples},
+        "questions": {"set": questions.name, "grounding": skills.count("grounding"), "vqa": skills.count("vqa")},
+        "statistics": {"interval": "95 % bootstrap over images", "resamples": bootstrap.resamples},
         "checkpoint_sha256": manifest.model.checkpoint_sha256,
         "versions": manifest.versions,
         "engine": runs[0].engine,
-        "rows": rows,
+        "rows": rows_of(cases, runs, bootstrap),
     }
     write_whole(output, (json.dumps(document, indent=1) + "\n").encode())
-    print(table(rows))
+    print(table(document["rows"]))
+
+
+def run_cases(checkpoint: Path, cases: Sequence[Case], questions: QuestionSet, threads: int | None) -> list[Run]:
+    """Build and ask every case: small models all at once, large ones one after the other, each deleted when done."""
+    runs: list[Run] = []
+    left = list(cases)
+    together = 1
+    while left:
+        with tempfile.TemporaryDirectory() as folder:
+            bundles: list[Bundle] = []
+            while left and len(bundles) < together:
+                print(
+                    f"building {len(runs) + len(bundles) + 1} of {len(cases)}: {left[0].routing}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                bundles.append(make_bundle(checkpoint, left.pop(0).routing, Path(folder) / str(len(bundles))))
+                size = sum(file.bytes for file in bundles[0].manifest.files.values())
+                together = max(1, TOGETHER_BYTES // size)
+            with progress(len(bundles) * len(questions)) as advance:
+                runs += run_bundles(
+                    bundles,
+                    questions,
+                    open_engine=lambda bundle: Session.open(bundle.path, threads=threads),
+                    advance=advance,
+                )
+    return runs
 
 
 if __name__ == "__main__":

@@ -147,15 +147,20 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="made by `reroute build`")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write eval.json and eval.md there")
+    parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
+    parser.add_argument("--force", action="store_true", help="replace the output directory")
+    _json(parser)
+    add_question_set(parser)
+
+
+def add_question_set(parser: argparse.ArgumentParser) -> None:
+    """Which questions to ask; read by `reroute.evaluation.command.question_set`."""
     parser.add_argument(
         "--set",
         default="scenes",
         help="scenes (generated, the default), or a dataset on disk: refcoco, refcoco+, refcocog, pope, gqa",
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write eval.json and eval.md there")
-    parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
-    parser.add_argument("--force", action="store_true", help="replace the output directory")
-    _json(parser)
     scenes = parser.add_argument_group("generated scenes")
     scenes.add_argument("--grounding", type=int, metavar="N", help="questions for a box (default 1000)")
     scenes.add_argument("--vqa", type=int, metavar="N", help="one-word questions (default 1000)")
