@@ -1,8 +1,8 @@
-"""Score a model or an engine on held-out scenes: ``python -m demo.evaluate demo/model --scenes 500 --objects 3-7``.
+"""Score the model in torch on held-out scenes: ``python -m demo.evaluate demo/model --scenes 500 --objects 3-7``.
 
 A model folder runs as shipped through the transformers classes: dense, greedy, one question per prompt, fp32 or what
-``--dtype`` says. A bundle of ``reroute build`` runs through ``reroute.runtime``, routed as it was built.
-Held-out scenes come from their own random streams, which training and validation never draw from.
+``--dtype`` says. Scenes, questions and grades are those of ``reroute eval``, which scores bundles: held-out scenes come
+from their own random streams, which training and validation never draw from.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +19,14 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from reroute.boxes import iou
+from reroute.demo.scenes import render
+from reroute.evaluation.questions import Question
+from reroute.evaluation.scenes import grade, one_of_each, scene_questions
 
-from .questions import KINDS, questions, where
-from .scenes import Question, make_scene, render, scene_rng
+from .questions import KINDS
 from .tokenizer import EOS
 
-Answerer = Callable[[Image.Image, list[Question]], list[str]]
-
-
-def parse_box(text: str) -> tuple[int, ...] | None:
-    """The box in an answer, or None unless it is exactly four numbers."""
-    words = text.split()
-    return tuple(map(int, words)) if len(words) == 4 and all(w.isdigit() for w in words) else None
-
-
-def one_of_each(scene, rng: np.random.Generator) -> list[Question]:
-    """One question of every one-word kind that the scene allows."""
-    asked = (questions(scene, rng, 1, (kind,))[0] for kind in KINDS[1:])
-    return [q for q in asked if q.kind != "where"]
+__all__ = ["answer", "evaluate", "one_of_each", "table"]
 
 
 @torch.no_grad()
@@ -49,7 +36,7 @@ def answer(model, processor, image: Image.Image, asked: list[Question], limit: i
     What the prompts have in common (``<s> USER:`` and the image) runs once and its cache is shared; questions of
     one length then run together, so that there is no padding and every answer is that of its prompt alone.
     """
-    talks = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}] for q in asked]
+    talks = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.prompt}]}] for q in asked]
     prompts = [processor.apply_chat_template(t, add_generation_prompt=True) for t in talks]
     first = processor(images=image, text=prompts[0], return_tensors="pt").to(model.device)
     shared = int((first["input_ids"][0] == model.config.image_token_index).nonzero().max()) + 1
@@ -74,52 +61,31 @@ def answer(model, processor, image: Image.Image, asked: list[Question], limit: i
     return answers
 
 
-def answerer(folder: str, dtype: str, device: str) -> tuple[Answerer, str]:
-    """What answers questions about an image, and what it is: a model folder, or a bundle in its engine."""
-    if (Path(folder) / "reroute.json").is_file():
-        from reroute.runtime import Session
-
-        session = Session.open(folder)
-
-        def ask(image: Image.Image, asked: list[Question]) -> list[str]:
-            answers = []
-            for question in asked:
-                session.reset()
-                answers.append(session.ask(question.text, image, max_new_tokens=6).text.strip())
-            return answers
-
-        return ask, f"engine, {session.manifest.routing}"
+def evaluate(folder: str, scenes: int, low: int, high: int, seed: int, split: str, dtype: str, device: str) -> dict:
+    """Scores of a model folder; every object of every scene is asked for, and one question of each other kind."""
     processor = AutoProcessor.from_pretrained(folder)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
     model.eval().to(device)
-    return partial(answer, model, processor), f"transformers {dtype}, dense"
-
-
-def evaluate(folder: str, scenes: int, low: int, high: int, seed: int, split: str, dtype: str, device: str) -> dict:
-    """Scores of a model folder; every object of every scene is asked for, and one question of each other kind."""
-    ask, what = answerer(folder, dtype, device)
     ious: list[float] = []
-    right: dict[str, list[bool]] = {k: [] for k in KINDS[1:]}
+    right: dict[str, list[float]] = {k: [] for k in KINDS[1:]}
     malformed = 0
     began = time.time()
     for index in range(scenes):
-        rng = scene_rng(split, seed, index)
-        scene = make_scene(rng, low, high)
-        asked = [where(t) for t in scene.objects] + one_of_each(scene, rng)
-        for q, text in zip(asked, ask(render(scene), asked), strict=True):
-            if q.box and q.kind == "where":
-                box = parse_box(text)
-                malformed += box is None
-                ious.append(iou(box, q.box) if box else 0.0)
+        scene, asked = scene_questions(split, seed, index, (low, high))
+        for q, text in zip(asked, answer(model, processor, render(scene), asked), strict=True):
+            verdict = grade(q, text)
+            if q.skill == "grounding":
+                malformed += verdict.box is None
+                ious.append(verdict.iou or 0.0)
             else:
-                right[q.kind].append(text == q.answer)
+                right[q.kind].append(verdict.score)
     words = [ok for v in right.values() for ok in v]
     return {
         "split": split,
         "seed": seed,
         "scenes": scenes,
         "objects": [low, high],
-        "answered_by": what,
+        "answered_by": f"transformers {dtype}, dense",
         "where": {
             "questions": len(ious),
             "iou50": round(float(np.mean(np.array(ious) >= 0.5)), 4),
@@ -155,7 +121,7 @@ def table(result: dict) -> str:
 def main() -> None:
     """Command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", help="folder of a model or of a bundle")
+    p.add_argument("model", help="folder of a model; `reroute eval` scores bundles")
     p.add_argument("--scenes", type=int, default=500)
     p.add_argument("--objects", default="3-7", help="fewest-most objects of a scene")
     p.add_argument("--seed", type=int, default=0)
@@ -164,6 +130,8 @@ def main() -> None:
     p.add_argument("--device", default="cpu")
     p.add_argument("--json", type=Path, help="also write the scores there")
     a = p.parse_args()
+    if (Path(a.model) / "reroute.json").is_file():
+        p.error(f"{a.model} is a bundle or an export: score bundles with `reroute eval`")
     low, _, high = a.objects.partition("-")
     result = evaluate(a.model, a.scenes, int(low), int(high or low), a.seed, a.split, a.dtype, a.device)
     if a.json:

@@ -7,6 +7,7 @@ have alone in the transformers model (``tests/demo`` holds the comparison), at a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,8 +148,9 @@ class Packed:
     """The two halves of the forward; ``compiled`` wraps one layer of each kind in ``torch.compile``."""
 
     def __init__(self, model: LlavaForConditionalGeneration, compiled: bool = False) -> None:
+        torch._dynamo.config.cache_size_limit = 64  # one compilation for each number of rows
         self.model: Any = model  # transformers types its submodules as Tensor | Module
-        wrap = torch.compile if compiled else (lambda f: f)
+        wrap = partial(torch.compile, dynamic=False) if compiled else (lambda f: f)
         self.clip_layer, self.llama_layer, self.looked_at = wrap(clip_layer), wrap(llama_layer), wrap(looked_at)
 
     def visual(self, pixels: Tensor) -> Tensor:
@@ -180,27 +182,47 @@ class Packed:
         return fn.linear(fn.gelu(fn.linear(x, p.linear_1.weight, p.linear_1.bias)), p.linear_2.weight, p.linear_2.bias)
 
     def answers(
-        self, visual: Tensor, keep: Tensor, ids: Tensor, watch: tuple[int, ...] = (), own: Tensor | None = None
+        self,
+        visual: Tensor,
+        keep: Tensor,
+        ids: Tensor,
+        watch: tuple[int, ...] = (),
+        own: Tensor | None = None,
+        stages: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Logits [B, Q, T, V] of packed questions ``ids`` [B, Q, T] about the visual tokens ``keep`` [B, K].
 
         For the layers ``watch`` also what ``looked_at`` gives for the tokens ``own`` [B, Q * T, K], and the question
-        rows [B, Q * T, D] that go into that layer.
+        rows [B, Q * T, D] that go into that layer. ``stages`` maps a layer to the rows of ``keep`` [B, k] that run
+        from it on, until the next such layer: the other visual rows wait there, unchanged and unseen. What
+        ``looked_at`` looks at is all of them, the waiting ones too.
         """
         lm, config = self.model.model.language_model, self.model.config.text_config
         b, count, length = ids.shape
-        kept, dim = keep.shape[1], config.head_dim
-        prefix = PREFIX_TEXT + kept
+        dim = config.head_dim
         start = lm.embed_tokens.weight[[BOS, _USER]].expand(b, -1, -1)
-        seen = torch.gather(visual, 1, keep[..., None].expand(-1, -1, visual.shape[-1])).float()
+        seen = full = torch.gather(visual, 1, keep[..., None].expand(-1, -1, visual.shape[-1])).float()
         x = torch.cat((start, seen, lm.embed_tokens(ids.flatten(1))), 1)
-        cos, sin = self.tables(keep, count, length, dim)
+        prefix, running = PREFIX_TEXT + keep.shape[1], None
+        cos, sin = all_cos, all_sin = self.tables(keep, count, length, dim)
         watched: list[tuple[Tensor, Tensor]] = []
         for i, layer in enumerate(lm.layers):
             final = i == len(lm.layers) - 1
-            if own is not None and i in watch:
-                mass = self.looked_at(x, llama_weights(layer), cos, sin, prefix, length, dim, own)
-                watched.append((mass, x[:, prefix:]))
+            watching, change = own is not None and i in watch, stages is not None and i in stages
+            if watching or change:
+                front, seen, back = x.split((PREFIX_TEXT, prefix - PREFIX_TEXT, count * length), 1)
+                full = seen if running is None else full.scatter(1, running[..., None].expand_as(seen), seen)
+                if own is not None and watching:
+                    every = torch.cat((front, full, back), 1)
+                    end = PREFIX_TEXT + keep.shape[1]
+                    mass = self.looked_at(every, llama_weights(layer), all_cos, all_sin, end, length, dim, own)
+                    watched.append((mass, back))
+                if stages is not None and change:
+                    running = stages[i]
+                    seen = full.gather(1, running[..., None].expand(-1, -1, full.shape[-1]))
+                    x = torch.cat((front, seen, back), 1)
+                    prefix = PREFIX_TEXT + running.shape[1]
+                    cos, sin = self.tables(keep.gather(1, running), count, length, dim)
             x = self.llama_layer(x, llama_weights(layer), cos, sin, prefix, length, dim, final)
         logits = fn.linear(rms(x, lm.norm.weight), self.model.lm_head.weight)
         return logits.view(b, count, length, -1), watched

@@ -4,7 +4,8 @@ Three stages, each of which starts from the one before it:
 
 * ``tower``: vision tower and projector read the colour, the shape and the box of the object on every patch;
 * ``shallow``: a decoder of a few layers learns to answer;
-* ``deep``: identity layers are put between those layers (their two output matrices are zero), and all of them train.
+* ``deep``: identity layers are put between those layers (their two output matrices are zero), and all of them train;
+  with ``--pull`` the trained layers of a deep model move to other places.
 """
 
 from __future__ import annotations
@@ -32,16 +33,19 @@ from .packed import Packed
 from .scenes import PLURALS
 from .tokenizer import encode_words
 from .validate import Validation
+from .waiting import waiting
 
 
-def grow(model: Any, layers: int, spread: list[int], like: int = -1) -> Any:
+def grow(model: Any, layers: int, spread: list[int], like: int = -1, fresh: int | None = None, pull: str = "") -> Any:
     """Put the decoder's layers at the places ``spread`` of a deeper one; the new layers start as the identity.
 
     A new layer takes all but its two output matrices, which are zero, from the shallow layer before it, or from
-    shallow layer ``like`` where it comes after that one.
+    shallow layer ``like`` where it comes after that one; they are random where ``fresh`` gives a seed. ``pull`` names
+    the layers that count as the decoder's, if not all of them.
     """
-    deep = build_model(layers=layers, tower_layers=len(model.model.vision_tower.encoder.layers) - 1)
-    old = model.model.language_model.layers
+    deep = build_model(layers, len(model.model.vision_tower.encoder.layers) - 1, fresh or 0)
+    old = list(model.model.language_model.layers)
+    old = [old[int(v)] for v in pull.split(",")] if pull else old
     state = {k: v for k, v in model.state_dict().items() if "language_model.layers." not in k}
     deep.load_state_dict(state, strict=False)
     for i, layer in enumerate(deep.model.language_model.layers):
@@ -49,7 +53,8 @@ def grow(model: Any, layers: int, spread: list[int], like: int = -1) -> Any:
             layer.load_state_dict(old[spread.index(i)].state_dict())
         else:
             before = max(sum(place < i for place in spread) - 1, 0)
-            layer.load_state_dict(old[min(before, like) if like >= 0 else before].state_dict())
+            if fresh is None:
+                layer.load_state_dict(old[min(before, like) if like >= 0 else before].state_dict())
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
     return deep
@@ -66,7 +71,12 @@ def trained_parameters(model: Any, aux: Auxiliary, args: argparse.Namespace) -> 
         parts += [model.model.language_model]
     for part in parts:
         part.requires_grad_(True)
-    return list(dict.fromkeys(p for part in parts for p in part.parameters()))
+    frozen: list[nn.Module] = [model.model.multi_modal_projector] if args.freeze_visual else []
+    for layer in model.model.language_model.layers[: args.blind]:
+        frozen += [layer.self_attn.q_proj, layer.self_attn.k_proj]
+    for part in frozen:
+        part.requires_grad_(False)
+    return list(dict.fromkeys(p for part in parts for p in part.parameters() if p.requires_grad))
 
 
 class Trainer:
@@ -91,9 +101,11 @@ class Trainer:
             self.model = build_model(start["layers"], seed=args.seed)
             self.model.load_state_dict(start["model"])
             self.aux.load_state_dict(start["aux"], strict=False)
-            if args.layers != start["layers"]:
+            if args.spread:
                 spread = [int(v) for v in args.spread.split(",")]
-                self.model = grow(self.model, args.layers, spread, args.like)
+                self.model = grow(
+                    self.model, args.layers, spread, args.like, args.seed if args.fresh else None, args.pull
+                )
         else:
             self.model = build_model(args.layers, seed=args.seed)
         if args.plurals and not resume:
@@ -114,6 +126,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
         if resume:
             self.optimiser.load_state_dict(resume["optimiser"])
+        self.layers = int(self.model.config.text_config.num_hidden_layers)
         self.packed = Packed(self.model, compiled=not args.eager)
 
     def store(self) -> None:
@@ -122,7 +135,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "aux": self.aux.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "layers": self.model.config.text_config.num_hidden_layers,
+            "layers": self.layers,
             "step": self.step,
             "spent": self.spent,
         }
@@ -147,16 +160,22 @@ class Trainer:
             visual = self.packed.project(features)
             part = slice(0, None if a.stage == "tower" or a.train_tower else max(a.images // 4, 1))
             labels = {k: batch[k][part] for k in ("colour", "shape", "box", "centre")}
-            loss, report = self.aux(visual[part], labels, model.get_input_embeddings().weight, model.lm_head.weight)
-            report["aux"] = loss.detach()
+            loss, report = visual.new_zeros(()), {}
+            if a.aux or a.stage == "tower":
+                loss, report = self.aux(visual[part], labels, model.get_input_embeddings().weight, model.lm_head.weight)
+                report["aux"] = loss.detach()
             if a.stage != "tower":
                 watch = tuple(int(v) for v in a.guide.split(",")) if a.guide else ()
-                about, owner = batch["about"].flatten(1), batch["owner"].gather(1, batch["keep"])
+                drawn = waiting(a.seed, self.step, self.rank, a.waiting, batch["owner"], self.layers)
+                keep, stages = drawn or (batch["keep"], None)
+                about, owner = batch["about"].flatten(1), batch["owner"].gather(1, keep)
                 own = (about[..., None] == owner[:, None]) & (about[..., None] >= 0)
-                logits, seen = self.packed.answers(visual, batch["keep"], batch["ids"], watch, own)
+                logits, seen = self.packed.answers(visual, keep, batch["ids"], watch, own, stages)
                 answers, more = answer_loss(logits, batch["targets"], batch["kinds"], self.aux.soft)
                 loss = answers + a.aux * loss
                 report |= more | {"answer": answers.detach()}
+                if drawn:
+                    report = {f"waiting_{k}": v for k, v in report.items()}
                 first = (batch["kinds"] >= 0) & (fn.pad(batch["kinds"], (1, 0), value=-1)[..., :-1] < 0)
                 first = first.flatten(1)
                 for n, (i, (mass, rows)) in enumerate(zip(watch, seen, strict=True)):
@@ -202,19 +221,19 @@ class Trainer:
         batches = Batches(spec, self.step)
         validation = None if a.stage == "tower" or self.rank else Validation(a.seed, a.device)
         log = Path(os.devnull if self.rank else a.run / f"{self.name}.jsonl").open("a")  # noqa: SIM115
-        sums: dict[str, float] = {}
+        sums: dict[str, list[float]] = {}
         count, last, checked = 0, *[self.agreed(time.time())] * 2
         while self.step < a.steps and self.spent < a.minutes * 60:
             batch = {k: torch.from_numpy(v).to(a.device) for k, v in next(batches).items()}
             report = self.update(batch)
             for key, value in report.items():
-                sums[key] = sums.get(key, 0.0) + float(value)
+                sums.setdefault(key, []).append(float(value))
             self.step, count = self.step + 1, count + 1
             now = self.agreed(time.time())
             self.spent, last = self.spent + now - last, now
             if count == 25:
                 row = {"step": self.step, "minutes": round(self.spent / 60, 2), "lr": round(self.rate(), 6)}
-                row |= {k: round(v / count, 4) for k, v in sums.items()}
+                row |= {k: round(sum(v) / len(v), 4) for k, v in sums.items()}
                 print(json.dumps(row), file=log, flush=True)
                 sums, count = {}, 0
             if now - checked > a.validate_every:

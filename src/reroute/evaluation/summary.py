@@ -50,11 +50,14 @@ def reference_of(runs: Sequence[Run]) -> int | None:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """Short names: the routing, with the folder where two bundles route alike."""
-    routings = [run.bundle.manifest.routing for run in runs]
+    """Short names: the routing, with the folder's name or path where two bundles route alike."""
+    bundles = [run.bundle for run in runs]
+    routings = [bundle.manifest.routing for bundle in bundles]
+    folders = [f"{bundle.manifest.routing} ({bundle.path.name})" for bundle in bundles]
+    paths = [f"{bundle.manifest.routing} ({bundle.path})" for bundle in bundles]
     return [
-        routing if routings.count(routing) == 1 else f"{routing} ({run.bundle.path})"
-        for routing, run in zip(routings, runs, strict=True)
+        next((form[index] for form in (routings, folders) if form.count(form[index]) == 1), path)
+        for index, path in enumerate(paths)
     ]
 
 

@@ -117,7 +117,7 @@ class ParquetImages(Images):
     def __init__(self, column: str = "image") -> None:
         self._column = column
         self._rows: dict[str, tuple[Path, int]] = {}
-        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._open: dict[Path, Any] = {}
         self._held: OrderedDict[tuple[Path, int, int], list[bytes | None]] = OrderedDict()
 
     def add(self, key: str, path: Path, row: int) -> None:
