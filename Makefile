@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-DEMO_ROUTING ?= reroute@2,7,15,23:avg=1/9
+DEMO_ROUTING ?= reroute-pdrop:avg=1/9
 
 .PHONY: demo test lint format types venv check-runtime
 

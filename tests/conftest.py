@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO_MODEL = REPOSITORY / "demo" / "model"
-DEMO_ROUTING = "reroute@2,7,15,23:avg=1/9"
+DEMO_ROUTING = "reroute-pdrop:avg=1/9"
 TINY_ROUTING = "reroute@2,4:keep=7,4"
 
 

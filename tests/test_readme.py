@@ -32,7 +32,15 @@ def test_commands_parse(command: str) -> None:
 
 
 def test_there_are_commands_to_check() -> None:
-    assert {shlex.split(command)[1] for command in COMMANDS} == {"export", "build", "run", "check", "inspect", "doctor"}
+    assert {shlex.split(command)[1] for command in COMMANDS} == {
+        "export",
+        "build",
+        "run",
+        "eval",
+        "check",
+        "inspect",
+        "doctor",
+    }
 
 
 def test_make_targets_exist() -> None:
