@@ -289,9 +289,9 @@ def test_targets_in_flops_and_kv_bytes_are_met_and_used_up(target: str, amount: 
     cost, dense = measure(model, target, schedule)  # type: ignore[arg-type]
     share = 0.5 if amount == "1/2" else 0.3
     assert cost <= share * dense
-    bigger = dataclasses.replace(
-        schedule, stages=(schedule.stages[0], *(dataclasses.replace(s, keep=s.keep + 1) for s in schedule.stages[1:]))
-    )
+    first, *later = schedule.stages
+    more = tuple(dataclasses.replace(stage, keep=(stage.keep or 0) + 1) for stage in later)
+    bigger = dataclasses.replace(schedule, stages=(first, *more))
     assert measure(model, target, bigger)[0] > share * dense  # type: ignore[arg-type]
 
 
