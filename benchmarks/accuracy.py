@@ -214,6 +214,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def ablation_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/ablation.md: what was changed, the scores, and what each decision brought back and kept."""
+    lines = [
+        "| change | routing | grounding, % | one-word, % | kept (came back) at each decision | object kept, % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        decisions = [decision for decision in row["decisions"] if decision["layer"] is not None]
+        kept = ", ".join(f"{d['layer']}: {d['kept']:.0f} ({d['returned']:.0f})" for d in decisions)
+        found = ", ".join(f"{100 * d['object']['grounding']['any']['value']:.0f}" for d in decisions)
+        scores = [f"{100 * row[skill]:.1f}" for skill in ("grounding", "vqa")]
+        change = row["method"].partition(":")[0]
+        lines.append(f"| {change} | `{row['routing']}` | {scores[0]} | {scores[1]} | {kept} | {found} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("demo/model"))
@@ -244,7 +260,7 @@ def main() -> None:
         "rows": rows_of(cases, runs, bootstrap),
     }
     write_whole(output, (json.dumps(document, indent=1) + "\n").encode())
-    print(table(document["rows"]))
+    print(ablation_table(document["rows"]) if args.ablation else table(document["rows"]))
 
 
 def run_cases(checkpoint: Path, cases: Sequence[Case], questions: QuestionSet, threads: int | None) -> list[Run]:
