@@ -217,6 +217,7 @@ def resolve(spec: RoutingSpec, model: Model) -> Schedule:
         num_layers=model.text.num_layers,
         num_visual=model.vision.tokens_per_image,
         measure=partial(measure, model),
+        sizes_vary=bool(model.vision.grids),
     )
 
 

@@ -28,7 +28,9 @@ def test_dropped_tokens_leave_gaps_and_text_stays_behind_the_whole_image() -> No
     place = layout([1, fakes.IMAGE, 5, fakes.IMAGE, 6], 4)
     at = positions.offsets(place, PLACES)
     assert at.tolist() == [0, 1, 4, 6, 16, 17, 19, 20, 26, 27, 34]
-    step = positions.inputs(place, visual(PLACES, 4, 2), np.asarray([7, 5]), images_before=1)
+    step = positions.inputs(
+        place, visual(PLACES, 4, 2), np.asarray([7, 5]), shift=positions.shift(visual(PLACES[:1], 4, 1))
+    )
     # Seven rows are in the cache, of which one image left twelve positions empty.
     np.testing.assert_array_equal(step.rope_cos, positions.rotary.cos[7 + 12 + at])
     np.testing.assert_array_equal(step.rope_sin, positions.rotary.sin[7 + 12 + at])
@@ -38,7 +40,7 @@ def test_dropped_tokens_leave_gaps_and_text_stays_behind_the_whole_image() -> No
 def test_without_dropped_tokens_positions_are_consecutive() -> None:
     positions = Positions(fakes.make_manifest(files={}, routing="reroute@1:keep=2"))
     place = layout([1, fakes.IMAGE, 5], 16)
-    step = positions.inputs(place, visual(None, 16, 1), np.asarray([3, 2]), images_before=2)
+    step = positions.inputs(place, visual(None, 16, 1), np.asarray([3, 2]), shift=positions.shift(visual(None, 16, 2)))
     np.testing.assert_array_equal(step.rope_cos, positions.rotary.cos[3:21])
     assert positions.tokens(visual(None, 16, 2)).tolist() == list(range(32))
 
