@@ -11,8 +11,9 @@ Conventions, so that the numbers can be checked by hand:
   rows for reroute, and the rows still alive for removal. The scoring layer is the decision layer itself, or the one
   before it (`Schedule.scoring`).
 * `lm_head` runs on the last row only, for the routed and for the dense model alike.
-* The vision tower is a CLIP tower with its class token and LLaVA's two-layer projector. Nüwa's first stage adds the
-  layers behind the feature layer, the similarity of all patches and the aggregation.
+* The vision tower is a CLIP tower with its class token and LLaVA's two-layer projector, or a Qwen-VL tower with its
+  mergers, whose windows are counted as they are cut at the edges of the grid. Nüwa's first stage adds the layers behind
+  the feature layer, the similarity of all patches and the aggregation.
 * The prompt is one step with `num_visual` visual tokens out of the tower; every budget acts as a minimum.
 
 Sources: algorithms as in Reroute, arXiv 2606.12412.
@@ -25,7 +26,7 @@ from functools import partial
 from typing import Any
 
 from reroute.errors import UserError, nearest
-from reroute.manifest import Capacity, Model, TextModel, VisionModel
+from reroute.manifest import Capacity, Grid, Model, TextModel, VisionModel
 from reroute.routing import RoutingSpec, Target
 from reroute.schedule import Schedule, Stage
 
@@ -67,12 +68,27 @@ class StagePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridPlan:
+    """What routing does to a prompt with one image of a certain grid; see `Plan` for the figures."""
+
+    grid: Grid
+    num_visual: int
+    budgets: tuple[int, ...]
+    average_visual_tokens: float
+    decoder_ratio: float
+    kv_ratio: float
+    vision_flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What one prompt costs under a schedule, next to the dense model. Bytes and FLOPs are exact integers.
 
     `peak_bytes` is an estimate: weights + caches at capacity + workspace (see `decoder_workspace_bytes` and
     `vision_workspace_bytes`; they add up because the two graphs do not share an arena). Constants of the
     engine library and of Python are not in it.
+
+    Where images have several shapes, the figures are those of the largest, and `grids` has the others.
     """
 
     schedule: Schedule
@@ -89,6 +105,7 @@ class Plan:
     dense_cache_bytes: int
     weight_bytes: int
     workspace_bytes: int
+    grids: tuple[GridPlan, ...] = ()
 
     @property
     def decoder_flops(self) -> int:
@@ -148,6 +165,7 @@ def plan_for(
     dtype: str = "float32",
     num_text: int = 64,
     num_visual: int | None = None,
+    grid: Grid | None = None,
 ) -> Plan:
     """Cost of a prompt of `num_text` text and `num_visual` visual tokens (default: one image).
 
@@ -158,6 +176,7 @@ def plan_for(
         dtype: dtype of weights, activations and caches.
         num_text: text rows of the prompt, at least 1.
         num_visual: visual rows of the prompt; 0 is a text-only prompt.
+        grid: of the images; default: the model's first, and then the plan has a line for each of the model's grids.
 
     Raises:
         UserError: an unknown dtype, a schedule of another depth, or an empty prompt.
@@ -170,7 +189,10 @@ def plan_for(
             f"the schedule covers {schedule.num_layers} layers, the decoder has {text.num_layers}",
             hint="resolve the routing spec for this model",
         )
-    num_visual = vision.tokens_per_image if num_visual is None else num_visual
+    shape = grid or vision.grid
+    per_image = shape[0] * shape[1] if vision.grids else vision.tokens_per_image
+    several = vision.grids if grid is None and num_visual is None else ()
+    num_visual = per_image if num_visual is None else num_visual
     if num_text < 1 or num_visual < 0:
         raise UserError(
             f"a prompt has at least 1 text token and 0 visual ones, got {num_text} and {num_visual}",
@@ -179,9 +201,11 @@ def plan_for(
     size = DTYPE_BYTES[dtype]
     row_bytes = kv_bytes_per_row(text, size)
     cache_rows = capacity.cache_rows(schedule, vision.tokens_per_image)
-    images = -(-num_visual // vision.tokens_per_image)
-    entering = min(num_visual, images * schedule.entering(vision.tokens_per_image))
-    stages = _stage_plans(text, schedule, num_text, entering, row_bytes, cache_rows)
+    images = -(-num_visual // per_image)
+    entering = min(num_visual, images * schedule.entering(per_image))
+    counts = [entering // images] * images if images and entering % images == 0 else [entering]
+    visual_rows = schedule.visual_rows(counts)
+    stages = _stage_plans(text, schedule, num_text, entering, visual_rows, row_bytes, cache_rows)
     total, layers = num_text + num_visual, text.num_layers
     lm_head = 2 * text.hidden_size * text.vocab_size
     dense_capacity = capacity.max_text + capacity.max_images * vision.tokens_per_image
@@ -190,10 +214,10 @@ def plan_for(
         schedule=schedule,
         num_text=num_text,
         num_visual=num_visual,
-        average_visual_tokens=_average(schedule, entering),
+        average_visual_tokens=_average(schedule, visual_rows),
         stages=stages,
         lm_head_flops=lm_head,
-        vision_flops=images * vision_flops(vision, text.hidden_size, schedule.nuwa),
+        vision_flops=images * vision_flops(vision, text.hidden_size, schedule.nuwa, shape),
         dense_decoder_flops=layers * (linear_flops(text, total) + attention_flops(text, total)) + lm_head,
         kv_bytes=sum(stage.kv_bytes for stage in stages),
         dense_kv_bytes=layers * total * row_bytes,
@@ -201,6 +225,20 @@ def plan_for(
         dense_cache_bytes=layers * dense_capacity * row_bytes,
         weight_bytes=(sum(model.num_parameters.values()) + extra_tower_parameters(vision, schedule)) * size,
         workspace_bytes=workspace,
+        grids=tuple(_grid_plan(model, schedule, capacity, num_text, one) for one in several),
+    )
+
+
+def _grid_plan(model: Model, schedule: Schedule, capacity: Capacity, num_text: int, grid: Grid) -> GridPlan:
+    plan = plan_for(model, schedule, capacity, num_text=num_text, grid=grid)
+    return GridPlan(
+        grid=grid,
+        num_visual=plan.num_visual,
+        budgets=schedule.visual_rows([schedule.entering(plan.num_visual)])[1:],
+        average_visual_tokens=plan.average_visual_tokens,
+        decoder_ratio=plan.decoder_ratio,
+        kv_ratio=plan.kv_ratio,
+        vision_flops=plan.vision_flops,
     )
 
 
@@ -255,19 +293,43 @@ def scoring_flops(text: TextModel, candidates: int, rows: int) -> int:
     return keys + query + 2 * candidates * text.num_heads * text.head_dim
 
 
-def vision_flops(vision: VisionModel, decoder_size: int, nuwa: int | None = None) -> int:
-    """Patch embedding, encoder and two-layer projector for one image; with `nuwa` tokens after Nüwa's first stage."""
-    patches = (vision.image_size // vision.patch_size) ** 2
-    rows, size = patches + 1, vision.hidden_size
+def vision_flops(
+    vision: VisionModel, decoder_size: int, nuwa: int | None = None, grid: Grid | None = None
+) -> int:
+    """Patch embedding, encoder and projector or mergers for one image of `grid` (default: the first); with `nuwa` tokens
+    after Nüwa's first stage.
+    """
+    grid = grid or vision.grid
+    tokens = grid[0] * grid[1]
+    patches, size = tokens * vision.merge**2, vision.hidden_size
+    rows = patches + vision.class_token
     embedding = 2 * patches * 3 * vision.patch_size**2 * size
-    layer = 2 * rows * (4 * size * size + 2 * size * vision.intermediate_size) + 4 * rows * rows * size
+    matrices = 3 if vision.gated_mlp else 2
+    linear = 2 * rows * (4 * size * size + matrices * size * vision.intermediate_size)
+    full = 4 * rows * rows * size
+    layers = vision.num_layers * linear + vision.num_layers * full
+    if vision.window:
+        layers = vision.num_layers * linear + vision.full_layers * full
+        layers += (vision.num_layers - vision.full_layers) * 4 * size * _window_pairs(vision, grid)
+    if vision.mergers:
+        wide = size * vision.merge**2
+        return embedding + layers + vision.mergers * 2 * tokens * (wide * wide + wide * decoder_size)
     kept = vision.tokens_per_image if nuwa is None else min(nuwa, vision.tokens_per_image)
     projector = 2 * kept * (size * decoder_size + decoder_size * decoder_size)
     if nuwa is None:
-        return embedding + vision.num_layers * layer + projector
+        return embedding + layers + projector
     # Similarity of all patches, the class token's query once more, and the weighted sums.
     stage_1 = 2 * patches * patches * size + 2 * size * size + 2 * rows * size + 2 * kept * patches * size
-    return embedding + vision.depth * layer + stage_1 + projector
+    return embedding + vision.depth * (linear + full) + stage_1 + projector
+
+
+def _window_pairs(vision: VisionModel, grid: Grid) -> int:
+    """Query-key pairs of a layer with windows: the square of each window's patches, summed."""
+    sides = []
+    for length in grid:
+        whole, rest = divmod(length, vision.window)
+        sides.append([vision.window] * whole + [rest] * (rest > 0))
+    return sum((high * wide * vision.merge**2) ** 2 for high in sides[0] for wide in sides[1])
 
 
 def extra_tower_parameters(vision: VisionModel, schedule: Schedule) -> int:
@@ -299,9 +361,9 @@ def vision_workspace_bytes(vision: VisionModel, dtype_bytes: int) -> int:
     """The same for one tower layer on P + 1 rows: residual and norm, then q, k, v, output and float32
     probabilities, or the MLP's two wide tensors.
     """
-    rows = (vision.image_size // vision.patch_size) ** 2 + 1
+    rows = vision.grid[0] * vision.grid[1] * vision.merge**2 + vision.class_token
     attention = 4 * rows * vision.hidden_size * dtype_bytes + 4 * vision.num_heads * rows * rows
-    mlp = 2 * rows * vision.intermediate_size * dtype_bytes
+    mlp = (3 if vision.gated_mlp else 2) * rows * vision.intermediate_size * dtype_bytes
     return 2 * rows * vision.hidden_size * dtype_bytes + max(attention, mlp)
 
 
@@ -310,13 +372,14 @@ def _stage_plans(
     schedule: Schedule,
     num_text: int,
     num_visual: int,
+    visual_rows: tuple[int, ...],
     row_bytes: int,
     cache_rows: tuple[int, ...],
 ) -> tuple[StagePlan, ...]:
     alive = before = num_text + num_visual
     plans: list[StagePlan] = []
-    for stage, capacity in zip(schedule.stages, cache_rows, strict=True):
-        rows = num_text + stage.visual_rows(num_visual)
+    for stage, visual, capacity in zip(schedule.stages, visual_rows, cache_rows, strict=True):
+        rows = num_text + visual
         scored = rows if schedule.scoring == "own" else before
         plans.append(_stage_plan(text, stage, rows, alive, scored, row_bytes, capacity))
         before = rows
@@ -325,9 +388,10 @@ def _stage_plans(
     return tuple(plans)
 
 
-def _average(schedule: Schedule, num_visual: int) -> float:
-    """Visual rows per layer of a prompt of which `num_visual` visual tokens enter the decoder."""
-    return sum(stage.num_layers * stage.visual_rows(num_visual) for stage in schedule.stages) / schedule.num_layers
+def _average(schedule: Schedule, visual_rows: tuple[int, ...]) -> float:
+    """Visual rows per layer of a prompt whose stages run `visual_rows`."""
+    pairs = zip(schedule.stages, visual_rows, strict=True)
+    return sum(stage.num_layers * rows for stage, rows in pairs) / schedule.num_layers
 
 
 def _stage_plan(
