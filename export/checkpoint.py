@@ -115,8 +115,8 @@ def canonical_name(key: str) -> str:
     """One name for a tensor of LLaVA or Qwen-VL, whichever version of transformers wrote it.
 
     `language_model.model.X`, `model.language_model.X` -> `language_model.X`; `language_model.lm_head` -> `lm_head`;
-    `vision_tower.vision_model.X`, `model.vision_tower.vision_model.X` -> `vision_tower.X`; `model.visual.X` -> `visual.X`;
-    Qwen-VL's older `model.layers.X` -> `language_model.layers.X`.
+    `vision_tower.vision_model.X`, `model.vision_tower.vision_model.X` -> `vision_tower.X`; `model.visual.X` ->
+    `visual.X`; Qwen-VL's older `model.layers.X` -> `language_model.layers.X`.
     """
     for part in ("language_model.", "vision_tower.", "multi_modal_projector.", "visual."):
         if key.startswith("model." + part):

@@ -64,9 +64,9 @@ RerouteSelect <keep, num_heads, num_kv_heads, scale>(q_last, keys, candidates, a
     slots, places = TopK <axis = 1, largest = 0, sorted = 1> (unordered, total)
 }}"""
 
-# Candidates in the order of their scores, then, the order kept, by pool (TopK is stable): the place of a candidate in its
-# pool is its index less the candidates of the pools before. Those within the budget of their pool stay; sorted by slot
-# they come first, the others being given a number beyond every slot.
+# Candidates in the order of their scores, then, the order kept, by pool (TopK is stable): the place of a candidate in
+# its pool is its index less the candidates of the pools before. Those within the budget of their pool stay; sorted by
+# slot they come first, the others being given a number beyond every slot.
 SELECT_POOLS = f"""{_HEADER}
 RerouteSelectPools <keep, whole, num_heads, num_kv_heads, scale>(q_last, keys, candidates, always, pools, all_pools)
     => (slots)

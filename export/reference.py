@@ -131,8 +131,8 @@ def rotary_rows(head_dim: int, theta: float, positions: Tensor, mrope: MRope | N
 def mrope_offsets(ids: np.ndarray, image_token: int, grids: Sequence[Grid]) -> tuple[Tensor, int]:
     """Positions int64 [S, 3] of a prompt from its first on, and how many it takes (arXiv 2409.12191, section 2.1).
 
-    Text counts on in all three. An image stands at one time; its rows and columns count from there on, and the text behind
-    it goes on behind the longer side.
+    Text counts on in all three. An image stands at one time; its rows and columns count from there on, and the text
+    behind it goes on behind the longer side.
     """
     rows: list[tuple[int, int, int]] = []
     at, left = 0, list(grids)

@@ -73,8 +73,9 @@ def trace_decoder(decoder: RoutedDecoder) -> ir.Model:
 
 
 def trace_vision(tower: torch.nn.Module, model: Model, schedule: Schedule, grid: Grid | None = None) -> ir.Model:
-    """The vision graph of a grid (default: the model's first): pixel_values [M, 3, H, W] to visual_embeds [M, N, D], and
-    what else the tower gives.
+    """The vision graph of a grid (default: the model's first).
+
+    From pixel_values [M, 3, H, W] to visual_embeds [M, N, D] and what else the tower gives.
     """
     grid = grid or model.vision.grid
     graph = _export(tower, (torch.zeros(2, 3, *model.pixels(grid)),), ({0: _AUTO},))
@@ -208,8 +209,8 @@ class SharedWeights:
                     offset,
                     length,
                     tensor.dtype,
-                    shape=ir.Shape(tensor.shape),
-                    name=value.name,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=value.name or "",
                     base_dir=self.path.parent,
                 )
 

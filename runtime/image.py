@@ -1,12 +1,12 @@
 """Images in, pixel values out: the image processors of the checkpoints without transformers.
 
-The numbers are those of `CLIPImageProcessorPil` and `Qwen2VLImageProcessorPil` of transformers 5.23 (the ones used without
-torchvision). CLIP: resize the shortest edge, centre crop in uint8 (what is missing is black). Qwen-VL: resize to whole
-visual tokens. Both: rescale in float64, normalise in float32.
+The numbers are those of `CLIPImageProcessorPil` and `Qwen2VLImageProcessorPil` of transformers 5.23 (the ones used
+without torchvision). CLIP: resize the shortest edge, centre crop in uint8 (what is missing is black). Qwen-VL: resize
+to whole visual tokens. Both: rescale in float64, normalise in float32.
 
-Qwen-VL's processor resizes to any number of tokens between two limits (`wanted_grid`). An engine has graphs for the grids
-that it was exported for, so the image is resized to the nearest of them (`nearest_grid`): the proportions may change a
-little, as they do when the processor itself rounds to whole tokens.
+Qwen-VL's processor resizes to any number of tokens between two limits (`wanted_grid`). An engine has graphs for the
+grids that it was exported for, so the image is resized to the nearest of them (`nearest_grid`): the proportions may
+change a little, as they do when the processor itself rounds to whole tokens.
 
 One deliberate difference lies before the processor: transparent images are laid on white, where transformers
 drops the alpha channel and shows whatever colour lies below it.
@@ -101,8 +101,8 @@ def wanted_grid(size: tuple[int, int], processing: GridProcessing) -> tuple[floa
 def nearest_grid(size: tuple[int, int], processing: GridProcessing, grids: Sequence[Grid]) -> Grid:
     """The grid that is nearest to what the checkpoint's processor would choose for an image of (width, height) pixels.
 
-    Sides are compared by their ratio; an image larger than all grids is first made as small as the largest one, so that it
-    is then its shape that counts. Of equally near grids the first.
+    Sides are compared by their ratio; an image larger than all grids is first made as small as the largest one, so that
+    it is then its shape that counts. Of equally near grids the first.
     """
     rows, columns = wanted_grid(size, processing)
     if (rows, columns) in grids:

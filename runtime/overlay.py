@@ -46,9 +46,10 @@ def parse_box(text: str, boxes: Boxes = "shares", size: tuple[int, int] = (1000,
         boxes: how the model writes them, see `reroute.manifest.Model`.
         size: with pixels: (width, height) of the resized image, which is what they are pixels of.
 
-    Pixels and thousandths (Qwen-VL: `{"bbox_2d": [12, 30, 50, 61]}`, `(12,30),(50,61)`): the first four numbers that are two
-    corners. Shares: four decimals are shares already (LLaVA: `[0.12, 0.3, 0.5, 0.61]`); four integers 0..99 are hundredths of
-    the side (the demo: `12 30 50 61`). A box without area, or more or fewer than four numbers, is None.
+    Pixels and thousandths (Qwen-VL: `{"bbox_2d": [12, 30, 50, 61]}`, `(12,30),(50,61)`): the first four numbers that
+    are two corners. Shares: four decimals are shares already (LLaVA: `[0.12, 0.3, 0.5, 0.61]`); four integers 0..99 are
+    hundredths of the side (the demo: `12 30 50 61`); more or fewer than four numbers are None. A box without area is
+    None.
     """
     if boxes != "shares":
         width, height = size if boxes == "pixels" else (1000, 1000)

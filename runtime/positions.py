@@ -5,8 +5,8 @@ a vision-side method (Nüwa) drops before the decoder, so that the text behind a
 anyway. Renumbered schedules (PyramidDrop's code) count the rows of each stage instead.
 
 A model with M-RoPE has three positions (time, row, column; arXiv 2409.12191): text counts on in all of them, an image
-stands at one time, its rows and columns count from there on, and the text behind it goes on behind the longer side. So a
-dialogue's next position is not its number of cache rows; the difference is its *shift*, which the session adds up.
+stands at one time, its rows and columns count from there on, and the text behind it goes on behind the longer side. So
+a dialogue's next position is not its number of cache rows; the difference is its *shift*, which the session adds up.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""The supported model families: a file each, and what the Qwen-VL models share in `qwen_vl`; one entry here. A family says how to read a config and how to build the
-modules that are traced; it never appears by name in the decoder, the engines or the runtime.
+"""The supported model families: a file each, one entry here, and what the Qwen-VL models share in `qwen_vl`.
+
+A family says how to read a config and how to build the modules that are traced; it never appears by name in the
+decoder, the engines or the runtime. `docs/adding-a-model.md` goes through the steps.
 """
 
 from __future__ import annotations

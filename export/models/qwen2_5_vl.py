@@ -1,4 +1,4 @@
-"""Qwen2.5-VL (arXiv 2502.13923): windowed tower with RMS norms and gated MLPs, Qwen2 text model (GQA, biases, M-RoPE)."""
+"""Qwen2.5-VL (arXiv 2502.13923): a tower of windows, RMS norms and gated MLPs; a Qwen2 text model (biases, M-RoPE)."""
 
 from __future__ import annotations
 

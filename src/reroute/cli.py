@@ -28,8 +28,8 @@ _PICTURE_HELP = (
     "draw where the last image's tokens ran: .png is one picture, .html a page that steps through the stages"
 )
 _GRIDS_HELP = (
-    "for models whose images differ in shape: rows and columns of visual tokens, a graph for each (default: five shapes "
-    "of at most 576 tokens)"
+    "for models whose images differ in shape: rows and columns of visual tokens, a graph for each (default: five "
+    "shapes of at most 576 tokens)"
 )
 _ROUTING_HELP = (
     "dense, METHOD:avg=A, ACTION@LAYERS:keep=K,K,..., ACTION@LAYERS:avg=A, published:NAME, or a .toml file; see below"

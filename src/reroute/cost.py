@@ -293,11 +293,10 @@ def scoring_flops(text: TextModel, candidates: int, rows: int) -> int:
     return keys + query + 2 * candidates * text.num_heads * text.head_dim
 
 
-def vision_flops(
-    vision: VisionModel, decoder_size: int, nuwa: int | None = None, grid: Grid | None = None
-) -> int:
-    """Patch embedding, encoder and projector or mergers for one image of `grid` (default: the first); with `nuwa` tokens
-    after Nüwa's first stage.
+def vision_flops(vision: VisionModel, decoder_size: int, nuwa: int | None = None, grid: Grid | None = None) -> int:
+    """Patch embedding, encoder and projector or mergers for one image of `grid` (default: the first).
+
+    With `nuwa` tokens after Nüwa's first stage.
     """
     grid = grid or vision.grid
     tokens = grid[0] * grid[1]

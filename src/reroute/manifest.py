@@ -30,8 +30,8 @@ Grid = tuple[int, int]  # rows and columns of visual tokens
 class MRope:
     """Rotary embedding of three positions: time, row and column (M-RoPE, arXiv 2409.12191).
 
-    `sections` says how many of the head_dim / 2 frequencies turn with each of them: one block after the other, or, where
-    `interleaved` (Qwen3-VL), in turn from the highest frequency on, and what is left over with time.
+    `sections` says how many of the head_dim / 2 frequencies turn with each of them: one block after the other, or,
+    where `interleaved` (Qwen3-VL), in turn from the highest frequency on, and what is left over with time.
     """
 
     sections: tuple[int, int, int]
@@ -366,6 +366,9 @@ def decode(kind: Any, data: Any, *, where: str) -> Any:
         if data is None and type(None) in args:
             return None
         members = [member for member in args if member is not type(None)]
+        if isinstance(data, dict) and all(map(dataclasses.is_dataclass, members)):
+            # Last the one that is meant, by its keys: its message is the one to show.
+            members.sort(key=lambda member: len(data.keys() & {f.name for f in dataclasses.fields(member)}))
         for member in members[:-1]:
             with contextlib.suppress(UserError):
                 return decode(member, data, where=where)

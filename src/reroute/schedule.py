@@ -76,12 +76,13 @@ class Schedule:
     pool: Pool = "all"
 
     def __post_init__(self) -> None:
-        words = ((self.action, Action), (self.scoring, Scoring), (self.positions, Positions), (self.pool, Pool))
-        for value, kind in words:
+        for what, value, kind in (
+            ("routing action", self.action, Action),
+            ("scoring form", self.scoring, Scoring),
+            ("kind of positions", self.positions, Positions),
+            ("pool", self.pool, Pool),
+        ):
             if value not in get_args(kind):
-                what = {
-                    Action: "routing action", Scoring: "scoring form", Positions: "kind of positions", Pool: "pool",
-                }[kind]  # fmt: skip
                 raise UserError(f"unknown {what} {value!r}", hint=nearest(value, get_args(kind)))
         edges = [0, *(stage.stop for stage in self.stages)]
         if not self.stages or any(s.start != e for s, e in zip(self.stages, edges, strict=False)):

@@ -42,9 +42,7 @@ class Ours:
         self.decoder: RoutedDecoder = family.build_decoder(opened, self.model, resolve_for(routing, self.model))
         self.tower = family.build_vision(opened, self.model, self.decoder.schedule)
 
-    def prompt(
-        self, ids: list[int], grids: list[Grid], pixels: list[torch.Tensor]
-    ) -> tuple[RecordingDecoder, Output]:
+    def prompt(self, ids: list[int], grids: list[Grid], pixels: list[torch.Tensor]) -> tuple[RecordingDecoder, Output]:
         run = RecordingDecoder(self.decoder, capacity=200)
         visuals = [encode(self.tower, one) for one in pixels]
         return run, run_grids(run, np.asarray(ids), IMAGE_TOKEN, grids, visuals)
@@ -243,7 +241,7 @@ def test_a_budget_per_image_ranks_each_image_alone(folders: dict[str, Path], act
 
 
 def test_deepstack_features_reach_rows_that_wait(folders: dict[str, Path]) -> None:
-    """A decision before the last deepstack layer: what waits there has the features of that layer when it comes back."""
+    """A decision before the last deepstack layer: what waits there has its features when it comes back."""
     ours = Ours(folders["qwen3_vl"], "reroute@1,2:keep=5,24")
     ids, grids = PROMPTS["wide"]
     visual = encode(ours.tower, pixels_of(grids)[0])
@@ -289,9 +287,7 @@ def test_bad_grids_are_refused(text: str) -> None:
         parse_grids(text)
 
 
-def test_what_cannot_be_is_refused_by_name(
-    folders: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_is_refused_by_name(folders: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="grid 100x100 has 640000 pixels, the image processor 256 to 2560"):
         read_model(folders["qwen2_5_vl"], [(100, 100)])
     with pytest.raises(UserError, match="every image of this model has 6 x 6 visual tokens"):
@@ -304,7 +300,7 @@ def test_what_cannot_be_is_refused_by_name(
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["use_sliding_window"] = True
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="sliding window True is not supported in a Qwen2.5-VL model"):
+    with pytest.raises(UserError, match=r"sliding window True is not supported in a Qwen2\.5-VL model"):
         read_model(folder)
 
 

@@ -110,7 +110,9 @@ def test_a_dialogue_gives_transformers_logits(kind: Kind, make: Make, checkpoint
             history += chat.next_turn(talk) if len(talk) > 1 else chat.first_turn(talk)
             stream = session.stream(question, pictures, max_new_tokens=16)
             found = list(stream)
-            assert [view.grid for view in stream.answer.views] == [GRIDS[[WIDE, HIGH, SMALL].index(p)] for p in pictures]
+            assert [view.grid for view in stream.answer.views] == [
+                GRIDS[[WIDE, HIGH, SMALL].index(p)] for p in pictures
+            ]
             ids = [*history, *(token.id for token in found)]
             logits = reference.logits(ids, shown)[-len(found) - 1 : -1].astype(np.float64)
             assert [token.id for token in found] == logits.argmax(axis=1).tolist()
@@ -210,7 +212,10 @@ def test_an_image_is_resized_to_the_nearest_grid_and_the_answer_says_so(make: Ma
         assert answer.visual_tokens == 24 + 15
         assert [len(route) for route in answer.routes] == [7 + 4, 4 + 3]
         # Indices count on from image to image, by the images' own grids.
-        first, second = overlay(picture, answer, session.manifest), overlay(HIGH, answer, session.manifest, image_index=1)
+        first, second = (
+            overlay(picture, answer, session.manifest),
+            overlay(HIGH, answer, session.manifest, image_index=1),
+        )
         assert (first.grid, second.grid) == ((4, 6), (5, 3))
         assert first.shown.size == (48, 32)
         assert [view.ran for view in first.stages] == [24, 7, 4]
