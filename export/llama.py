@@ -37,6 +37,24 @@ ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 
+# transformers' names of the text models that the decoder is.
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def biases(text: Any) -> frozenset[str]:
+    """The projections with a bias, of a transformers config whose model type is one of `TEXT_MODELS`."""
+    if text.model_type == "qwen2":
+        return ATTENTION - {"o_proj"}
+    attention = ATTENTION if getattr(text, "attention_bias", False) else frozenset()
+    return attention | (MLP if getattr(text, "mlp_bias", False) else frozenset())
+
+
+def window_of(text: Any) -> int | None:
+    """Tokens that a row attends to, where that is fewer than all."""
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    return window if window is not None and window < text.max_position_embeddings else None
+
+
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise UserError for weights that need scales to be read."""
     if quantization := checkpoint.config.get("quantization_config"):

@@ -52,11 +52,13 @@ class View:
         original: (width, height) of the image.
         pixels: (width, height) that the tower was given, after resizing and cropping.
         grid: (rows, columns) of visual tokens.
+        choices: grids that the bundle has.
     """
 
     original: tuple[int, int]
     pixels: tuple[int, int]
     grid: Grid
+    choices: int = 1
 
     def __str__(self) -> str:
         """`640 x 480 pixels, seen as 756 x 560: 20 x 27 visual tokens`."""

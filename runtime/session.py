@@ -131,12 +131,12 @@ class Session:
     def _pixels(self, images: list[ImageInput]) -> tuple[list[np.ndarray], tuple[View, ...]]:
         """Pixel values, in one batch where all images have one size, and how each image is seen."""
         model = self.manifest.model
-        pixels, views = [], []
+        pixels, views, choices = [], [], len(model.vision.all_grids)
         for one in images:
             opened = open_image(one)
             grid = grid_of(opened, model)
             pixels.append(preprocess(opened, model.image, grid))
-            views.append(View(original=opened.size, pixels=pixels[-1].shape[:0:-1], grid=grid))
+            views.append(View(original=opened.size, pixels=pixels[-1].shape[:0:-1], grid=grid, choices=choices))
         if len({array.shape for array in pixels}) == 1:
             pixels = [np.stack(pixels)]
         else:

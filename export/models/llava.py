@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (arXiv 2310.03744): CLIP tower, two-layer projector, Llama text model (MHA or GQA)."""
+"""LLaVA-1.5 (arXiv 2310.03744): CLIP tower, two-layer projector, a text model of the Llama family (MHA or GQA)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,13 @@ def parse_config(checkpoint: Checkpoint) -> Any:
     llama.refuse_quantized(checkpoint)
     text, vision = config.text_config, config.vision_config
     rope = dict(text.rope_parameters or {})
+    if text.model_type not in llama.TEXT_MODELS:
+        raise UserError(
+            f"the text model {text.model_type!r} is not supported in a LLaVA model",
+            hint=f"supported: {', '.join(llama.TEXT_MODELS)}",
+        )
     for what, value, supported in (
-        ("text model", text.model_type, "llama"),
+        ("sliding window", llama.window_of(text), None),
         ("text activation", text.hidden_act, "silu"),
         ("vision tower", vision.model_type, "clip_vision_model"),
         ("rotary type", rope.get("rope_type", "default"), "default"),
@@ -54,7 +59,8 @@ def parse_config(checkpoint: Checkpoint) -> Any:
 def read(checkpoint: Checkpoint) -> Model:
     """Check config, tensors' names and shapes, tokenizer and processor, and describe the model."""
     config = parse_config(checkpoint)
-    text, vision = llama.text_model(checkpoint, config), vision_model(config)
+    qk_norm = config.text_config.model_type == "qwen3"
+    text, vision = llama.text_model(checkpoint, config, qk_norm=qk_norm), vision_model(config)
     image = image_processing(checkpoint)
     if (image.crop_height, image.crop_width) != (vision.image_size, vision.image_size):
         raise UserError(
@@ -62,7 +68,7 @@ def read(checkpoint: Checkpoint) -> Model:
             f"{vision.image_size} x {vision.image_size}",
             hint="preprocessor_config.json and config.json do not match",
         )
-    llama.require(checkpoint, text, biases(config))
+    llama.require(checkpoint, text, llama.biases(config.text_config))
     with torch.device("meta"):
         tower = VisionTower(config)
     for name, tensor in tower.state_dict().items():
@@ -82,15 +88,10 @@ def read(checkpoint: Checkpoint) -> Model:
     )
 
 
-def biases(config: Any) -> frozenset[str]:
-    """The decoder's projections that have a bias."""
-    text = config.text_config
-    return (llama.ATTENTION if text.attention_bias else frozenset()) | (llama.MLP if text.mlp_bias else frozenset())
-
-
 def build_decoder(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> RoutedDecoder:
     """The routed decoder with its weights."""
-    return llama.build_decoder(checkpoint, model.text, schedule, biases(parse_config(checkpoint)))
+    biased = llama.biases(parse_config(checkpoint).text_config)
+    return llama.build_decoder(checkpoint, model.text, schedule, biased)
 
 
 def vision_model(config: Any) -> VisionModel:

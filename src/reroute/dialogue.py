@@ -142,8 +142,8 @@ def _ask(session: Session, turn: Turn, sampling: Sampling, max_new_tokens: int, 
     if echo:
         print(flush=True)
         # Where an image was resized to one of several grids, say to which.
-        if session.manifest.model.vision.grids:
-            for path, view in zip(turn.images, stream.answer.views, strict=False):
+        for path, view in zip(turn.images, stream.answer.views, strict=False):
+            if view.choices > 1:
                 print(f"{path.name}: {view}", file=sys.stderr)
     return stream.answer
 
