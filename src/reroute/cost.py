@@ -223,7 +223,7 @@ def plan_for(
         dense_kv_bytes=layers * total * row_bytes,
         cache_bytes=sum((stage.stop - stage.start) * stage.cache_rows * row_bytes for stage in stages),
         dense_cache_bytes=layers * dense_capacity * row_bytes,
-        weight_bytes=(sum(model.num_parameters.values()) + extra_tower_parameters(vision, schedule)) * size,
+        weight_bytes=stored_parameters(model, schedule) * size,
         workspace_bytes=workspace,
         grids=tuple(_grid_plan(model, schedule, capacity, num_text, one) for one in several),
     )
@@ -329,6 +329,12 @@ def _window_pairs(vision: VisionModel, grid: Grid) -> int:
         whole, rest = divmod(length, vision.window)
         sides.append([vision.window] * whole + [rest] * (rest > 0))
     return sum((high * wide * vision.merge**2) ** 2 for high in sides[0] for wide in sides[1])
+
+
+def stored_parameters(model: Model, schedule: Schedule) -> int:
+    """Parameters that the graphs hold. A tied embedding is there twice: rows to look up, and transposed to multiply."""
+    twice = model.text.vocab_size * model.text.hidden_size if model.text.tie_word_embeddings else 0
+    return sum(model.num_parameters.values()) + twice + extra_tower_parameters(model.vision, schedule)
 
 
 def extra_tower_parameters(vision: VisionModel, schedule: Schedule) -> int:
