@@ -160,8 +160,8 @@ def markdown(rows: list[tuple[str, Model, str, Plan]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"A board fits a plan whose estimated peak is at most {USABLE:.0%} of its memory. Routing makes the prefill and the "
-        "caches smaller, not the weights: in float16 only quantised weights would put a 7B model on 8 GB.",
+        f"A board fits a plan whose estimated peak is at most {USABLE:.0%} of its memory. Routing makes the prefill and "
+        "the caches smaller, not the weights: only quantised weights would put a 7B model on 8 GB.",
         "",
         "## Images of other shapes",
         "",
