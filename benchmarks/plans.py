@@ -4,8 +4,9 @@
     python benchmarks/plans.py --json
 
 The configs in the script hold the values of config.json and preprocessor_config.json of the public checkpoints that
-shapes follow from. Everything is counted as `reroute export --dry-run` counts it (see `reroute.cost`), for float16 weights and caches,
-64 text tokens and one image, a session of 512 text tokens and 2 images. An engine of this size was not built.
+shapes follow from. Everything is counted as `reroute export --dry-run` counts it (see `reroute.cost`), for float16
+weights and caches, 64 text tokens and one image, a session of 512 text tokens and 2 images. An engine of this size was
+not built.
 """
 
 from __future__ import annotations
@@ -160,8 +161,8 @@ def markdown(rows: list[tuple[str, Model, str, Plan]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"A board fits a plan whose estimated peak is at most {USABLE:.0%} of its memory. Routing makes the prefill and "
-        "the caches smaller, not the weights: only quantised weights would put a 7B model on 8 GB.",
+        f"A board fits a plan whose estimated peak is at most {USABLE:.0%} of its memory. Routing makes the prefill "
+        "and the caches smaller, not the weights: only quantised weights would put a 7B model on 8 GB.",
         "",
         "## Images of other shapes",
         "",

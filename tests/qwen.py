@@ -51,7 +51,7 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_config(kind: Kind, *, tied: bool = False) -> Any:
+def make_config(kind: Kind, *, tied: bool = False, layers: int = LAYERS) -> Any:
     """A small config with odd numbers: grouped queries, a window of 2 x 2 tokens, two deepstack layers."""
     import transformers
 
@@ -59,7 +59,7 @@ def make_config(kind: Kind, *, tied: bool = False) -> Any:
         "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 80,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
@@ -126,13 +126,15 @@ def model_class(kind: Kind) -> Any:
     }[kind]
 
 
-def make_qwen(folder: Path, kind: Kind = "qwen2_5_vl", *, tied: bool = False, seed: int = 0) -> Path:
+def make_qwen(
+    folder: Path, kind: Kind = "qwen2_5_vl", *, tied: bool = False, seed: int = 0, layers: int = LAYERS
+) -> Path:
     """Write a random checkpoint: config, weights, tokenizer, chat template, image processor."""
     import torch
     from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil  # noqa: F401
 
     torch.manual_seed(seed)
-    model = model_class(kind)(make_config(kind, tied=tied)).eval()
+    model = model_class(kind)(make_config(kind, tied=tied, layers=layers)).eval()
     # The default initialisation is so small that all rows score alike: spread the weights, or nothing is tested.
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from PIL import Image
 from reroute.errors import UserError
 from reroute.manifest import Capacity, GridProcessing, Manifest
 from reroute.runtime import Session
-from reroute.runtime.backend import open_backend
+from reroute.runtime.backend import BackendOptions, open_backend
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.chat import assistant_message, user_message
 from reroute.runtime.image import nearest_grid, preprocess, wanted_grid
-from reroute.runtime.layout import Layout, lay_out
+from reroute.runtime.layout import Layout, lay_out, stack
 from reroute.runtime.overlay import overlay, parse_box
 from reroute.runtime.positions import Positions, join
 from tests.qwen import CELL, GRIDS, IMAGE_TOKEN, KINDS, Kind, make_qwen, model_class
@@ -182,6 +183,37 @@ def test_routed_engines_equal_torch_slot_by_slot(kind: Kind, make: Make, checkpo
             rows = run.lengths[manifest.schedule.stage_of_layer(layer)]
             for have, want in zip(backend.cache(layer), cache, strict=True):
                 np.testing.assert_allclose(have, want[:, :, :rows], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_batch_of_equal_layout_is_its_rows(make: Make) -> None:
+    """Two prompts with other images and words of one layout; deepstack features and selections are each row's own."""
+    bundle = Bundle.open(make("qwen3_vl", ROUTED["qwen3_vl"]))
+    generator = np.random.default_rng(2)
+    positions = Positions(bundle.manifest)
+    single, double = open_backend(bundle), open_backend(bundle, BackendOptions(batch=2))
+    rows, columns = GRIDS[1]
+    steps, logits, routes = [], [], []
+    for words in ([8, 1, 3, IMAGE_TOKEN, 4, 40], [9, 2, 3, IMAGE_TOKEN, 4, 50]):
+        pixels = generator.standard_normal((1, 3, rows * CELL, columns * CELL)).astype(np.float32)
+        layout = lay_out(
+            words, image_token="", image_token_id=IMAGE_TOKEN, num_images=1, tokens_per_image=[rows * columns]
+        )
+        single.reset()
+        steps.append(positions.inputs(layout, single.encode(pixels), single.lengths))
+        outputs = single.step(steps[-1])
+        logits.append(outputs.logits[0].copy())
+        routes.append([route[0] for route in outputs.routes])
+    outputs = double.step(stack(steps))
+    np.testing.assert_allclose(outputs.logits, logits, atol=1e-5)
+    for index, own in enumerate(routes):
+        for have, want in zip(outputs.routes, own, strict=True):
+            np.testing.assert_array_equal(have[index], want)
+    assert any(not np.array_equal(*pair) for pair in zip(*routes, strict=True))
+    # Another grid with as many tokens would stand at other positions.
+    turned = replace(steps[0], rope_cos=steps[0].rope_cos[::-1])
+    with pytest.raises(UserError, match="have their images at different positions"):
+        stack([steps[0], turned])
 
 
 @pytest.mark.slow
