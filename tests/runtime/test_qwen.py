@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import onnx
 import pytest
 from PIL import Image
 
+from reroute import scenario
+from reroute.check import check_bundle
 from reroute.errors import UserError
-from reroute.manifest import Capacity, GridProcessing, Manifest
+from reroute.manifest import Capacity, GridProcessing, Manifest, file_table
 from reroute.runtime import Session
 from reroute.runtime.backend import BackendOptions, open_backend
 from reroute.runtime.bundle import Bundle
@@ -233,6 +236,20 @@ def test_the_graphs_of_all_grids_share_one_file_of_weights(make: Make) -> None:
     shared = [place for place, parts in used.items() if len(parts) == 3]
     weights = manifest.model.num_parameters["vision"] * 4
     assert sum(int(place.partition("+")[2]) for place in shared) > 0.9 * weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["5x3.visual_embeds", "in.pixel_values.3x3", "3x3.visual_deepstack"])
+def test_the_check_holds_the_graph_of_every_grid(make: Make, tmp_path: Path, name: str) -> None:
+    """A reference that differs for one grid alone fails the check of that grid."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(make("qwen3_vl", ROUTED["qwen3_vl"]), folder)
+    arrays = scenario.load(folder / scenario.FILE_NAME)
+    arrays[name] = arrays[name] + np.float32(1e-2)
+    scenario.save(folder / scenario.FILE_NAME, arrays)
+    replace(Manifest.load(folder), files=file_table(folder)).save(folder)
+    failed = [row.quantity for row in check_bundle(folder).rows if not row.passed]
+    assert failed == ["features of 5 x 3" if "5x3" in name else "features of 3 x 3"]
 
 
 @pytest.mark.slow
