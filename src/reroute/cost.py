@@ -11,9 +11,7 @@ Conventions, so that the numbers can be checked by hand:
   rows for reroute, and the rows still alive for removal. The scoring layer is the decision layer itself, or the one
   before it (`Schedule.scoring`).
 * `lm_head` runs on the last row only, for the routed and for the dense model alike.
-* The vision tower is a CLIP tower with its class token and LLaVA's two-layer projector, or a Qwen-VL tower with its
-  mergers, whose windows are counted as they are cut at the edges of the grid. Nüwa's first stage adds the layers behind
-  the feature layer, the similarity of all patches and the aggregation.
+* The vision tower is counted in `reroute.tower_cost`.
 * The prompt is one step with `num_visual` visual tokens out of the tower; every budget acts as a minimum.
 
 Sources: algorithms as in Reroute, arXiv 2606.12412.
@@ -26,9 +24,10 @@ from functools import partial
 from typing import Any
 
 from reroute.errors import UserError, nearest
-from reroute.manifest import Capacity, Grid, Model, TextModel, VisionModel
+from reroute.manifest import Capacity, Grid, Model, TextModel
 from reroute.routing import RoutingSpec, Target
 from reroute.schedule import Schedule, Stage
+from reroute.tower_cost import extra_tower_parameters, vision_flops, vision_workspace_bytes
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -293,56 +292,10 @@ def scoring_flops(text: TextModel, candidates: int, rows: int) -> int:
     return keys + query + 2 * candidates * text.num_heads * text.head_dim
 
 
-def vision_flops(vision: VisionModel, decoder_size: int, nuwa: int | None = None, grid: Grid | None = None) -> int:
-    """Patch embedding, encoder and projector or mergers for one image of `grid` (default: the first).
-
-    With `nuwa` tokens after Nüwa's first stage.
-    """
-    grid = grid or vision.grid
-    tokens = grid[0] * grid[1]
-    patches, size = tokens * vision.merge**2, vision.hidden_size
-    rows = patches + vision.class_token
-    embedding = 2 * patches * 3 * vision.patch_size**2 * size
-    matrices = 3 if vision.gated_mlp else 2
-    linear = 2 * rows * (4 * size * size + matrices * size * vision.intermediate_size)
-    full = 4 * rows * rows * size
-    layers = vision.num_layers * linear + vision.num_layers * full
-    if vision.window:
-        layers = vision.num_layers * linear + vision.full_layers * full
-        layers += (vision.num_layers - vision.full_layers) * 4 * size * _window_pairs(vision, grid)
-    if vision.mergers:
-        wide = size * vision.merge**2
-        return embedding + layers + vision.mergers * 2 * tokens * (wide * wide + wide * decoder_size)
-    kept = vision.tokens_per_image if nuwa is None else min(nuwa, vision.tokens_per_image)
-    projector = 2 * kept * (size * decoder_size + decoder_size * decoder_size)
-    if nuwa is None:
-        return embedding + layers + projector
-    # Similarity of all patches, the class token's query once more, and the weighted sums.
-    stage_1 = 2 * patches * patches * size + 2 * size * size + 2 * rows * size + 2 * kept * patches * size
-    return embedding + vision.depth * (linear + full) + stage_1 + projector
-
-
-def _window_pairs(vision: VisionModel, grid: Grid) -> int:
-    """Query-key pairs of a layer with windows: the square of each window's patches, summed."""
-    sides = []
-    for length in grid:
-        whole, rest = divmod(length, vision.window)
-        sides.append([vision.window] * whole + [rest] * (rest > 0))
-    return sum((high * wide * vision.merge**2) ** 2 for high in sides[0] for wide in sides[1])
-
-
 def stored_parameters(model: Model, schedule: Schedule) -> int:
     """Parameters that the graphs hold. A tied embedding is there twice: rows to look up, and transposed to multiply."""
     twice = model.text.vocab_size * model.text.hidden_size if model.text.tie_word_embeddings else 0
     return sum(model.num_parameters.values()) + twice + extra_tower_parameters(model.vision, schedule)
-
-
-def extra_tower_parameters(vision: VisionModel, schedule: Schedule) -> int:
-    """Parameters of the tower layers that only Nüwa's first stage runs: four projections, MLP, biases, two norms."""
-    if schedule.nuwa is None:
-        return 0
-    size, wide = vision.hidden_size, vision.intermediate_size
-    return (vision.depth - vision.num_layers) * (4 * size * (size + 1) + 2 * size * wide + wide + size + 4 * size)
 
 
 def decoder_workspace_bytes(text: TextModel, stages: tuple[StagePlan, ...], total: int, dtype_bytes: int) -> int:
@@ -360,16 +313,6 @@ def decoder_workspace_bytes(text: TextModel, stages: tuple[StagePlan, ...], tota
     attention = heads + 4 * text.num_heads * rows * rows
     mlp = 3 * rows * text.intermediate_size * dtype_bytes
     return stream + max(attention, mlp) + 4 * text.vocab_size
-
-
-def vision_workspace_bytes(vision: VisionModel, dtype_bytes: int) -> int:
-    """The same for one tower layer on P + 1 rows: residual and norm, then q, k, v, output and float32
-    probabilities, or the MLP's two wide tensors.
-    """
-    rows = vision.grid[0] * vision.grid[1] * vision.merge**2 + vision.class_token
-    attention = 4 * rows * vision.hidden_size * dtype_bytes + 4 * vision.num_heads * rows * rows
-    mlp = (3 if vision.gated_mlp else 2) * rows * vision.intermediate_size * dtype_bytes
-    return 2 * rows * vision.hidden_size * dtype_bytes + max(attention, mlp)
 
 
 def _stage_plans(
