@@ -93,13 +93,14 @@ def engine(path: Path, args: argparse.Namespace) -> tuple[str, Callable[[], Samp
         start = time.perf_counter()
         visual = backend.encode(probe.pixel_values)
         vision = time.perf_counter() - start
+        shift = positions.shift(visual)
         inputs = positions.inputs(prompt, visual, backend.lengths)
         start = time.perf_counter()
         backend.step(inputs)
         prefill = time.perf_counter() - start
         start = time.perf_counter()
         for _ in range(args.tokens):
-            backend.step(positions.inputs(token, None, backend.lengths, images_before=1))
+            backend.step(positions.inputs(token, None, backend.lengths, shift=shift))
         decode = (time.perf_counter() - start) / args.tokens
         return {"vision_ms": vision * 1e3, "prefill_ms": prefill * 1e3, "decode_ms": decode * 1e3}
 

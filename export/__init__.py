@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import reroute
@@ -23,7 +23,7 @@ from reroute import cost, scenario
 from reroute.errors import UserError
 from reroute.export.checkpoint import Checkpoint, read_json
 from reroute.folders import check_output, whole_folder
-from reroute.manifest import Capacity, Manifest, Model, file_table
+from reroute.manifest import Capacity, Grid, Manifest, Model, file_table
 from reroute.routing import RoutingSpec
 from reroute.schedule import Schedule
 
@@ -32,12 +32,26 @@ _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "numpy")
 Progress = Callable[[str], None]
 
 
-def read_model(checkpoint: Path) -> Model:
-    """Describe the model of a checkpoint directory from headers and a hash of the weights. Raises UserError."""
+def read_model(checkpoint: Path, grids: Sequence[Grid] = ()) -> Model:
+    """Describe the model of a checkpoint directory from headers and a hash of the weights.
+
+    Args:
+        checkpoint: Hugging Face directory.
+        grids: of a tower of variable shape, the ones to export it for; empty for the usual ones.
+
+    Raises:
+        UserError: not a checkpoint that we support, or grids that it cannot have.
+    """
     from reroute.export.models import family_of
 
     opened = Checkpoint.open(checkpoint)
-    return family_of(opened).read(opened)
+    return _choose(family_of(opened).read(opened), grids)
+
+
+def _choose(model: Model, grids: Sequence[Grid]) -> Model:
+    from reroute.export.grids import with_grids
+
+    return with_grids(model, grids) if grids else model
 
 
 def resolve(routing: str, model: Model) -> Schedule:
@@ -51,6 +65,7 @@ def export_checkpoint(
     *,
     routing: str,
     capacity: Capacity | None = None,
+    grids: Sequence[Grid] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -61,6 +76,7 @@ def export_checkpoint(
         output: folder to write; appears whole.
         routing: a routing spec, see `reroute.routing`.
         capacity: sizes of a session.
+        grids: see `read_model`.
         force: replace an earlier export.
         progress: is told what happens next.
 
@@ -75,7 +91,7 @@ def export_checkpoint(
     check_output(output, force=force)
     opened = Checkpoint.open(checkpoint)
     family = family_of(opened)
-    model = family.read(opened)
+    model = _choose(family.read(opened), grids)
     schedule = resolve(routing, model)
     check_capacity(capacity, model)
     template = chat_template(opened)
@@ -88,9 +104,7 @@ def export_checkpoint(
         inputs, outputs = trace.decoder_inputs(decoder), trace.decoder_outputs(decoder)
         parts = {"decoder": trace.save(graph, folder, "decoder", inputs, outputs)}
         tell("tracing the vision tower")
-        graph = trace.trace_vision(tower, model, schedule)
-        inputs, outputs = trace.vision_inputs(model), trace.vision_outputs(model, schedule)
-        parts["vision"] = trace.save(graph, folder, "vision", inputs, outputs)
+        parts |= trace.save_vision(tower, model, schedule, folder)
         tell("recording the torch reference")
         room = capacity.max_text - scenario.text_tokens(0)
         arrays = reference.record(decoder, tower, model, scenario.probe(model, num_tokens=min(64, room)))

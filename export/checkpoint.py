@@ -46,7 +46,7 @@ class Checkpoint:
     Attributes:
         folder: the directory.
         config: parsed config.json.
-        entries: tensors by *canonical* name, the same for all generations of the LLaVA layout (`canonical_name`).
+        entries: tensors by *canonical* name, the same for all generations of a layout (`canonical_name`).
     """
 
     folder: Path
@@ -112,15 +112,17 @@ class Checkpoint:
 
 
 def canonical_name(key: str) -> str:
-    """One name for a LLaVA tensor, whichever version of transformers wrote it.
+    """One name for a tensor of LLaVA or Qwen-VL, whichever version of transformers wrote it.
 
     `language_model.model.X`, `model.language_model.X` -> `language_model.X`; `language_model.lm_head` -> `lm_head`;
-    `vision_tower.vision_model.X`, `model.vision_tower.vision_model.X` -> `vision_tower.X`.
+    `vision_tower.vision_model.X`, `model.vision_tower.vision_model.X` -> `vision_tower.X`; `model.visual.X` ->
+    `visual.X`; Qwen-VL's older `model.layers.X` -> `language_model.layers.X`.
     """
-    for part in ("language_model.", "vision_tower.", "multi_modal_projector."):
+    for part in ("language_model.", "vision_tower.", "multi_modal_projector.", "visual."):
         if key.startswith("model." + part):
             key = key.removeprefix("model.")
     for long, short in (
+        *((f"model.{part}.", f"language_model.{part}.") for part in ("layers", "embed_tokens", "norm")),
         ("language_model.model.", "language_model."),
         ("language_model.lm_head.", "lm_head."),
         ("vision_tower.vision_model.", "vision_tower."),

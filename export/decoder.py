@@ -20,6 +20,8 @@ min(K, N). Inputs and outputs of `RoutedDecoder.forward`; B batch, T text rows, 
 | rope_cos, rope_sin | float | [S, d/2] | rotary rows of this step's slots; renumbered: [stages, S, d/2], see below |
 | kv_len | int32 | [stages] | valid cache rows of each stage after this step |
 | past | float | [B, G, C_stage, d] | key and value cache of each layer, fixed capacity |
+| visual_images | int64 | [N] | image that a visual row is of, ascending from 0; only for a budget per image |
+| deepstack | float | [E, B, N, D] | what is added to the visual rows after layers 0..E-1; only for models with it |
 
 | output | shape | meaning |
 |---|---|---|
@@ -31,10 +33,14 @@ With renumbered positions (PyramidDrop's code) the rows left after a removal are
 there: row i of stage s stands at position `rows of stage s in the cache before this step` + i. Every stage has a rotary
 table of its own, and a row's place among those that run is its index. Ranking still sees the numbers of the stage
 before.
+
+Deepstack features (Qwen3-VL; arXiv 2406.04334) belong to the image, not to a layer's computation: they are added to all
+visual rows of the full sequence, also to those that wait while the layer runs without them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -42,7 +48,7 @@ from torch import Tensor, nn
 
 from reroute.export import ops
 from reroute.manifest import TextModel
-from reroute.schedule import Schedule
+from reroute.schedule import Schedule, Stage
 
 Cache = tuple[Tensor, Tensor]
 
@@ -77,6 +83,12 @@ class Rows:
         if self.some_wait:
             self.h = ops.scatter(self.full, self.slots, self.h)
         self.slots, self.some_wait = self.all if self.recoverable else self.slots, False
+
+    def add(self, full: Tensor) -> None:
+        """Add `full` [B, S, D] to the rows of the step, to those that run and to those that wait."""
+        self.h = self.h + (full if self.slots is self.all else ops.gather(full, self.slots))
+        if self.some_wait:
+            self.full = self.full + full
 
     def take(self, chosen: Tensor) -> None:
         """Run only the rows `chosen`, int64 [B, A], of those that compete."""
@@ -123,7 +135,7 @@ class Norm(nn.Module):
 class Layer(nn.Module):
     """One decoder layer, in parts, so that a decision can reuse the norm and the keys it scored with."""
 
-    def __init__(self, model: TextModel, *, attention_bias: bool, mlp_bias: bool) -> None:
+    def __init__(self, model: TextModel, biased: Collection[str]) -> None:
         super().__init__()
         size, q_size, kv_size = (
             model.hidden_size,
@@ -133,21 +145,31 @@ class Layer(nn.Module):
         self.model = model
         self.scale = model.head_dim**-0.5
         self.input_norm = Norm(size, model.rms_norm_eps)
-        self.q_proj = Linear(size, q_size, bias=attention_bias)
-        self.k_proj = Linear(size, kv_size, bias=attention_bias)
-        self.v_proj = Linear(size, kv_size, bias=attention_bias)
-        self.o_proj = Linear(q_size, size, bias=attention_bias)
+        self.q_proj = Linear(size, q_size, bias="q_proj" in biased)
+        self.k_proj = Linear(size, kv_size, bias="k_proj" in biased)
+        self.v_proj = Linear(size, kv_size, bias="v_proj" in biased)
+        self.o_proj = Linear(q_size, size, bias="o_proj" in biased)
+        self.q_norm = Norm(model.head_dim, model.rms_norm_eps) if model.qk_norm else None
+        self.k_norm = Norm(model.head_dim, model.rms_norm_eps) if model.qk_norm else None
         self.post_norm = Norm(size, model.rms_norm_eps)
-        self.gate_proj = Linear(size, model.intermediate_size, bias=mlp_bias)
-        self.up_proj = Linear(size, model.intermediate_size, bias=mlp_bias)
-        self.down_proj = Linear(model.intermediate_size, size, bias=mlp_bias)
+        self.gate_proj = Linear(size, model.intermediate_size, bias="gate_proj" in biased)
+        self.up_proj = Linear(size, model.intermediate_size, bias="up_proj" in biased)
+        self.down_proj = Linear(model.intermediate_size, size, bias="down_proj" in biased)
 
     def query(self, x: Tensor, rope: Cache, slots: Tensor) -> Tensor:
         """Rotated queries [B, A, H*d] of normed rows `x` at table rows `slots`."""
-        return ops.rotary(self.q_proj(x), *rope, slots, self.model.num_heads)
+        return ops.rotary(self.per_head(self.q_norm, self.q_proj(x)), *rope, slots, self.model.num_heads)
+
+    def key(self, x: Tensor) -> Tensor:
+        """Keys [B, A, G*d] of normed rows `x`, before they are rotated."""
+        return self.per_head(self.k_norm, self.k_proj(x))
+
+    def per_head(self, norm: Norm | None, x: Tensor) -> Tensor:
+        """The norm of every head of `x` [B, A, heads*d], for models that have one."""
+        return x if norm is None else norm(x.unflatten(-1, (-1, self.model.head_dim))).flatten(2)
 
     def rotate(self, key: Tensor, rope: Cache, slots: Tensor) -> Tensor:
-        """Projected keys [B, A, G*d] rotated by the table rows `slots`."""
+        """Keys [B, A, G*d] rotated by the table rows `slots`."""
         return ops.rotary(key, *rope, slots, self.model.num_kv_heads)
 
     def forward(
@@ -164,18 +186,18 @@ class Layer(nn.Module):
 
 
 class RoutedDecoder(nn.Module):
-    """A decoder with a fixed routing schedule. Parameters are uninitialised: load them with `load_state_dict`."""
+    """A decoder with a fixed routing schedule. Parameters are uninitialised: load them with `load_state_dict`.
 
-    def __init__(
-        self, model: TextModel, schedule: Schedule, *, attention_bias: bool = False, mlp_bias: bool = False
-    ) -> None:
+    `biased` names the projections with a bias, for example q_proj.
+    """
+
+    def __init__(self, model: TextModel, schedule: Schedule, biased: Collection[str] = ()) -> None:
         super().__init__()
         if schedule.num_layers != model.num_layers:
             raise ValueError(f"schedule of {schedule.num_layers} layers for a decoder of {model.num_layers}")
         self.model, self.schedule = model, schedule
         self.embed = nn.Parameter(torch.empty(model.vocab_size, model.hidden_size), requires_grad=False)
-        layers = (Layer(model, attention_bias=attention_bias, mlp_bias=mlp_bias) for _ in range(model.num_layers))
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(Layer(model, biased) for _ in range(model.num_layers))
         self.norm = Norm(model.hidden_size, model.rms_norm_eps)
         self.lm_head = Linear(model.hidden_size, model.vocab_size)
         # A list here is given what each decision ranked: (candidates [B, N], their scores [B, N]).
@@ -191,6 +213,8 @@ class RoutedDecoder(nn.Module):
         rope_sin: Tensor,
         kv_len: Tensor,
         past: list[Cache],
+        visual_images: Tensor | None = None,
+        deepstack: Tensor | None = None,
     ) -> Output:
         """One step; see the module docstring for every shape."""
         schedule = self.schedule
@@ -199,6 +223,14 @@ class RoutedDecoder(nn.Module):
         text, visual = text_slots.expand(batch, -1), visual_slots.expand(batch, -1)
         tokens = torch.cat([torch.nn.functional.embedding(input_ids, self.embed), visual_embeds], dim=1)
         rows = Rows(ops.scatter(tokens, torch.cat([text, visual], dim=1), tokens), text, visual, schedule.action)
+        features: list[Tensor] = []
+        if deepstack is not None:
+            none = torch.zeros_like(rows.h)
+            features = [ops.scatter(none, visual, one) for one in deepstack]
+        # The pool of each visual row of the step, where budgets are not just a number of tokens.
+        pools: Tensor | None = None
+        if not schedule.fixed:
+            pools = torch.zeros_like(visual) if visual_images is None else visual_images.expand(batch, -1)
 
         def rope(stage: int) -> tuple[Cache, Tensor]:
             """Rotary table of a stage, and its rows that belong to the rows that run."""
@@ -216,23 +248,22 @@ class RoutedDecoder(nn.Module):
                 layer: Layer = self.layers[index]  # type: ignore[assignment]
                 if ballot is not None and stage.keep is not None:
                     rows.compete()
-                    rows.take(self.choose(*ballot, rows, stage.keep))
+                    rows.take(self.choose(*ballot, rows, stage, visual, pools))
                     routes.append(rows.slots)
                     ballot = None
                 if index not in schedule.scoring_layers:
                     x = layer.input_norm(rows.h)
-                    key = layer.rotate(layer.k_proj(x), *rope(number))
+                    key = layer.rotate(layer.key(x), *rope(number))
                 else:
                     ran = rows.slots if rows.some_wait else None
                     rows.compete()
                     x = layer.input_norm(rows.h)
-                    raw = layer.k_proj(x)
+                    raw = layer.key(x)
                     table, places = rope(number - own)
                     key = layer.rotate(raw, table, places)
                     query = layer.query(x[:, -1:], table, places[:, -1:])[:, 0]
                     if own:
-                        assert stage.keep is not None
-                        ran = self.choose(query, key, rows, stage.keep)
+                        ran = self.choose(query, key, rows, stage, visual, pools)
                     else:
                         ballot = (query, key)
                     if ran is not None:
@@ -243,16 +274,32 @@ class RoutedDecoder(nn.Module):
                         routes.append(rows.slots)
                 rows.h, cache = layer(rows.h, x, key, *rope(number), lengths[number], past[index])
                 present.append(cache)
+                if index < len(features):
+                    rows.add(features[index])
         logits = self.lm_head(self.norm(rows.h[:, -1])).float()
         return Output(logits, routes, present)
 
-    def choose(self, q_last: Tensor, keys: Tensor, rows: Rows, keep: int) -> Tensor:
-        """The decision, see `reroute.export.ops.select`; recorded when `decisions` is a list."""
+    def choose(
+        self, q_last: Tensor, keys: Tensor, rows: Rows, stage: Stage, visual: Tensor, pools: Tensor | None
+    ) -> Tensor:
+        """The decision, see `reroute.export.ops.select` and `select_pools`; recorded when `decisions` is a list.
+
+        `visual` and `pools`, int64 [B, N], are the slots of the step's visual rows and their pools; without pools all
+        rows compete with each other for a fixed budget.
+        """
         heads, groups, scale = self.model.num_heads, self.model.num_kv_heads, self.model.head_dim**-0.5
         if self.decisions is not None:
             scores = ops.last_row_scores(q_last, keys, heads, groups, scale)
             self.decisions.append((rows.visual, scores.gather(1, rows.visual)))
-        return ops.select(q_last, keys, rows.visual, rows.text, keep, heads, groups, scale)
+        assert stage.keep is not None
+        if pools is None:
+            return ops.select(q_last, keys, rows.visual, rows.text, stage.keep, heads, groups, scale)
+        left = pools
+        if rows.slots is not rows.all:  # some were removed: find the pools of those left by their slots
+            by_slot = torch.zeros_like(rows.all).scatter(1, visual, pools)
+            left = by_slot.gather(1, rows.slots.gather(1, rows.visual))
+        keep, whole = stage.share or (stage.keep, 0)
+        return ops.select_pools(q_last, keys, rows.visual, rows.text, left, pools, keep, whole, heads, groups, scale)
 
 
 def places_after(chosen: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,11 +26,8 @@ _HEADER = f'<opset_import: ["": {OPSET}], domain: "{DOMAIN}">'
 
 # Scores of the last row: queries grouped by key/value head, fp32 softmax over all rows, mean over heads. TopK breaks
 # ties toward the lower index, and the candidates ascend, so the lower slot wins.
-SELECT = f"""{_HEADER}
-RerouteSelect <keep, num_heads, num_kv_heads, scale>(q_last, keys, candidates, always) => (slots)
-{{
+_SCORES = """\
     zero = Constant <value_ints = [0]> ()
-    one = Constant <value_ints = [1]> ()
     rest = Constant <value_ints = [-1]> ()
     heads_value = Constant <value_int: int = @num_heads> ()
     heads = Reshape (heads_value, rest)
@@ -51,7 +48,12 @@ RerouteSelect <keep, num_heads, num_kv_heads, scale>(q_last, keys, candidates, a
     head_axes = Constant <value_ints = [1, 2]> ()
     by_row = ReduceMean <keepdims = 0> (probabilities, head_axes)
     scores = GatherElements <axis = 1> (by_row, candidates)
-    budget_value = Constant <value_int: int = @keep> ()
+"""
+
+SELECT = f"""{_HEADER}
+RerouteSelect <keep, num_heads, num_kv_heads, scale>(q_last, keys, candidates, always) => (slots)
+{{
+{_SCORES}    budget_value = Constant <value_int: int = @keep> ()
     budget = Reshape (budget_value, rest)
     available = Shape <start = 1, end = 2> (candidates)
     count = Min (budget, available)
@@ -60,6 +62,56 @@ RerouteSelect <keep, num_heads, num_kv_heads, scale>(q_last, keys, candidates, a
     unordered = Concat <axis = 1> (always, winners)
     total = Shape <start = 1, end = 2> (unordered)
     slots, places = TopK <axis = 1, largest = 0, sorted = 1> (unordered, total)
+}}"""
+
+# Candidates in the order of their scores, then, the order kept, by pool (TopK is stable): the place of a candidate in
+# its pool is its index less the candidates of the pools before. Those within the budget of their pool stay; sorted by
+# slot they come first, the others being given a number beyond every slot.
+SELECT_POOLS = f"""{_HEADER}
+RerouteSelectPools <keep, whole, num_heads, num_kv_heads, scale>(q_last, keys, candidates, always, pools, all_pools)
+    => (slots)
+{{
+{_SCORES}    one = Constant <value_ints = [1]> ()
+    available = Shape <start = 1, end = 2> (candidates)
+    best_scores, order = TopK <axis = 1, largest = 1, sorted = 1> (scores, available)
+    pools_by_score = GatherElements <axis = 1> (pools, order)
+    by_pool, again = TopK <axis = 1, largest = 0, sorted = 1> (pools_by_score, available)
+    row_shape = Shape (all_pools)
+    none = ConstantOfShape <value = int64[1] {{0}}> (row_shape)
+    candidate_shape = Shape (pools)
+    ones = ConstantOfShape <value = int64[1] {{1}}> (candidate_shape)
+    all_ones = ConstantOfShape <value = int64[1] {{1}}> (row_shape)
+    left = ScatterElements <axis = 1, reduction = "add"> (none, pools, ones)
+    sizes = ScatterElements <axis = 1, reduction = "add"> (none, all_pools, all_ones)
+    axis = Constant <value_int = 1> ()
+    starts = CumSum <exclusive = 1> (left, axis)
+    first = GatherElements <axis = 1> (starts, by_pool)
+    size = GatherElements <axis = 1> (sizes, by_pool)
+    origin = Constant <value_int = 0> ()
+    count = Squeeze (available)
+    places = Range (origin, count, axis)
+    rank = Sub (places, first)
+    keep_value = Constant <value_int: int = @keep> ()
+    whole_value = Constant <value_int: int = @whole> ()
+    divisor = Max (whole_value, axis)
+    product = Mul (size, keep_value)
+    quotient = Div (product, divisor)
+    portion = Max (quotient, axis)
+    follows = Greater (whole_value, origin)
+    budget = Where (follows, portion, keep_value)
+    stays = Less (rank, budget)
+    picked = GatherElements <axis = 1> (order, again)
+    slot = GatherElements <axis = 1> (candidates, picked)
+    beyond = Constant <value_int = 9223372036854775807> ()
+    marked = Where (stays, slot, beyond)
+    stays_number = Cast <to = 7> (stays)
+    totals = ReduceSum <keepdims = 0> (stays_number, one)
+    start = Constant <value_ints = [0]> ()
+    total_first = Slice (totals, start, one)
+    winners, winner_places = TopK <axis = 1, largest = 0, sorted = 1> (marked, total_first)
+    unordered = Concat <axis = 1> (always, winners)
+    total = Shape <start = 1, end = 2> (unordered)
+    slots, slot_places = TopK <axis = 1, largest = 0, sorted = 1> (unordered, total)
 }}"""
 
 GATHER = f"""{_HEADER}
@@ -153,11 +205,11 @@ RerouteAttention <num_heads, num_kv_heads, scale>(q, k, v, past_key, past_value,
     out = Reshape (by_row, out_shape)
 }}"""
 
-BODIES = (SELECT, GATHER, SCATTER, RMS_NORM, ROTARY, ATTENTION)
+BODIES = (SELECT, SELECT_POOLS, GATHER, SCATTER, RMS_NORM, ROTARY, ATTENTION)
 
 
 def functions() -> list[onnx.FunctionProto]:
-    """The six ops as local functions of standard ops."""
+    """The seven ops as local functions of standard ops."""
     return [onnx.parser.parse_function(body) for body in BODIES]
 
 
@@ -197,6 +249,14 @@ SCHEMAS = (
         {"keep": _INT, **_HEADS},
         _FLOATS,
     ),
+    _schema(
+        "RerouteSelectPools",
+        "RerouteSelect within pools: `keep` of each, or where `whole` is not 0 a share keep / whole of its rows.",
+        "q_last keys candidates:i64 always:i64 pools:i64 all_pools:i64",
+        "slots:i64",
+        {"keep": _INT, "whole": _INT, **_HEADS},
+        _FLOATS,
+    ),
     _schema("RerouteGather", "Rows of x at slots.", "x slots:i64", "rows", {}, _ANY),
     _schema("RerouteScatter", "full with rows written at slots.", "full slots:i64 rows", "updated", {}, _ANY),
     _schema("RerouteRMSNorm", "Root mean square norm of the last axis.", "x weight", "y", {"eps": _FLOAT}, _FLOATS),
@@ -227,6 +287,7 @@ def register_schemas() -> None:
 # Torch op -> ONNX op: the tensors first, then the attributes in the order of the torch signature.
 _ONNX_NAMES = {
     "select": ("RerouteSelect", 4, ("keep", "num_heads", "num_kv_heads", "scale")),
+    "select_pools": ("RerouteSelectPools", 6, ("keep", "whole", "num_heads", "num_kv_heads", "scale")),
     "gather": ("RerouteGather", 2, ()),
     "scatter": ("RerouteScatter", 3, ()),
     "rms_norm": ("RerouteRMSNorm", 2, ("eps",)),

@@ -1,6 +1,6 @@
 """The ops a routed decoder is made of, as torch custom ops: a plain reference and a fake for tracing.
 
-Six ops, one name in every place (torch, ONNX, TensorRT): the three of routing, and three that every backend has its
+Seven ops, one name in every place (torch, ONNX, TensorRT): the four of routing, and three that every backend has its
 own fast form of. Row layout throughout: heads stay packed in the last dimension, so that rows can be gathered by slot.
 
 Letters: B batch, S rows of the step, A rows that run, N candidates, T text rows, C cache capacity, H query heads,
@@ -9,6 +9,7 @@ G key/value heads, d head size, E any row width.
 | op | inputs | output |
 |---|---|---|
 | select | q_last [B, H*d], keys [B, S, G*d], candidates i64 [B, N], always i64 [B, T] | i64 [B, T + min(keep, N)] |
+| select_pools | as select, then pools i64 [B, N], all_pools i64 [B, M] | i64 [B, T + rows kept of all pools] |
 | gather | x [B, S, E], slots i64 [B, A] | [B, A, E] |
 | scatter | full [B, S, E], slots i64 [B, A], rows [B, A, E] | [B, S, E] |
 | rms_norm | x [..., E], weight [E] | [..., E] |
@@ -45,6 +46,53 @@ def select(
     scores = last_row_scores(q_last, keys, num_heads, num_kv_heads, scale).gather(1, candidates)
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :keep]
     return torch.cat([always, candidates.gather(1, best)], dim=1).sort(dim=1).values
+
+
+@custom_op("reroute::select_pools", mutates_args=())
+def select_pools(
+    q_last: Tensor,
+    keys: Tensor,
+    candidates: Tensor,
+    always: Tensor,
+    pools: Tensor,
+    all_pools: Tensor,
+    keep: int,
+    whole: int,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> Tensor:
+    """As `select`, where candidates compete within pools, and budgets may follow the size of a pool.
+
+    A pool keeps its `keep` best candidates or, where `whole` is not 0, max(1, n * keep // whole) of them, n being the
+    visual rows that the step has of this pool, also those that were removed before.
+
+    Args:
+        q_last: see `select`.
+        keys: see `select`.
+        candidates: see `select`.
+        always: see `select`.
+        pools: the pool of each candidate: 0 or more, never descending, fewer than M; the same in every batch row.
+        all_pools: the pool of each of the step's visual rows.
+        keep: budget, or numerator of a share.
+        whole: 0, or denominator of a share.
+        num_heads: query heads.
+        num_kv_heads: key/value heads.
+        scale: of the scores.
+    """
+    scores = last_row_scores(q_last, keys, num_heads, num_kv_heads, scale).gather(1, candidates)
+    kept = []
+    for pool in all_pools[0].unique().tolist():
+        places = torch.where(pools[0] == pool)[0]
+        budget = max(1, int((all_pools[0] == pool).sum()) * keep // whole) if whole else keep
+        best = scores[:, places].argsort(dim=1, descending=True, stable=True)[:, :budget]
+        kept.append(candidates[:, places].gather(1, best))
+    return torch.cat([always, *kept], dim=1).sort(dim=1).values
+
+
+@select_pools.register_fake
+def _(q_last, keys, candidates, always, pools, all_pools, keep, whole, num_heads, num_kv_heads, scale):
+    return always.new_empty((always.shape[0], torch.library.get_ctx().new_dynamic_size()))
 
 
 def last_row_scores(q_last: Tensor, keys: Tensor, num_heads: int, num_kv_heads: int, scale: float) -> Tensor:

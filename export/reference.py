@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from reroute.export.decoder import Cache, Output, RoutedDecoder
-from reroute.manifest import Model
+from reroute.manifest import Grid, Model, MRope
 from reroute.scenario import Arrays, Scenario
 from reroute.schedule import Schedule
 
-Visual = tuple[Tensor, Tensor | None]
+
+class Visual(NamedTuple):
+    """What a tower makes of M images of one grid.
+
+    Attributes:
+        embeds: [M, N, D].
+        places: int64 [M, N], where the tower drops tokens: places on the grid of those left.
+        deepstack: [E, M, N, D], what is added after the first decoder layers.
+    """
+
+    embeds: Tensor
+    places: Tensor | None = None
+    deepstack: Tensor | None = None
 
 
 class RecordingDecoder:
@@ -41,6 +56,8 @@ class RecordingDecoder:
         *,
         offsets: Tensor | None = None,
         span: int | None = None,
+        images: Tensor | None = None,
+        deepstack: Tensor | None = None,
     ) -> Output:
         """Run one step at the next positions; shapes as in `reroute.export.decoder`.
 
@@ -49,23 +66,32 @@ class RecordingDecoder:
             visual_embeds: visual tokens.
             text_slots: places of the text.
             visual_slots: places of the visual tokens.
-            offsets: int64 [S], position of each row from the step's first on; None: one after the other.
+            offsets: int64 [S] or [S, 3] (time, row, column), positions of each row from the step's first on; None: one
+                after the other.
             span: positions that the step takes; None: one for each row.
+            images: int64 [N], the image of each visual row; None: all of one.
+            deepstack: see `reroute.export.decoder`; made up as nothing for a step of text.
         """
         count = len(text_slots) + len(visual_slots)
         offsets = torch.arange(count) if offsets is None else offsets
+        images = torch.zeros_like(visual_slots) if images is None else images
+        if self.text.deepstack and deepstack is None:
+            deepstack = visual_embeds.new_zeros(self.text.deepstack, *visual_embeds.shape)
         starts = self.lengths if self.schedule.positions == "renumbered" else [self.position]
-        tables = [rotary_rows(self.text.head_dim, self.text.rope_theta, start + offsets) for start in starts]
+        text = self.text
+        tables = [rotary_rows(text.head_dim, text.rope_theta, start + offsets, text.mrope) for start in starts]
         cos, sin = (torch.stack(rows) if len(starts) > 1 else rows[0] for rows in zip(*tables, strict=True))
-        lengths = [
-            length + len(text_slots) + stage.visual_rows(len(visual_slots))
-            for length, stage in zip(self.lengths, self.schedule.stages, strict=True)
-        ]
+        added = self.schedule.visual_rows(torch.bincount(images).tolist())
+        lengths = [length + len(text_slots) + rows for length, rows in zip(self.lengths, added, strict=True)]
         kv_len = torch.tensor(lengths, dtype=torch.int32)
         self.decoder.decisions = self.decisions = []
         try:
             with torch.no_grad():
-                output = self.decoder(input_ids, visual_embeds, text_slots, visual_slots, cos, sin, kv_len, self.past)
+                output = self.decoder(
+                    *(input_ids, visual_embeds, text_slots, visual_slots, cos, sin, kv_len, self.past),
+                    visual_images=images if self.schedule.pool == "image" else None,
+                    deepstack=deepstack,
+                )
         finally:
             self.decoder.decisions = None
         self.past, self.lengths = output.present, lengths
@@ -89,24 +115,55 @@ class RecordingDecoder:
         return tokens
 
 
-def rotary_rows(head_dim: int, theta: float, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, d/2] of positions int64 [S], as transformers' LlamaRotaryEmbedding."""
+def rotary_rows(head_dim: int, theta: float, positions: Tensor, mrope: MRope | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, d/2] of positions int64 [S], as transformers' LlamaRotaryEmbedding.
+
+    With `mrope` positions may be [S, 3], time, row and column, as in its Qwen2VLRotaryEmbedding.
+    """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    angles = positions.float()[:, None] * frequencies
+    if mrope is None or positions.ndim == 1:
+        angles = positions.float()[:, None] * frequencies
+    else:
+        angles = positions.float()[:, list(mrope.axes)] * frequencies
     return angles.cos(), angles.sin()
 
 
-def place_image(ids: np.ndarray, image_token: int, num_visual: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids with one placeholder for each image: text ids [1, T], text slots [T], visual slots [N]."""
-    wide = np.repeat(ids, np.where(ids == image_token, num_visual, 1))
-    visual = wide == image_token
+def mrope_offsets(ids: np.ndarray, image_token: int, grids: Sequence[Grid]) -> tuple[Tensor, int]:
+    """Positions int64 [S, 3] of a prompt from its first on, and how many it takes (arXiv 2409.12191, section 2.1).
+
+    Text counts on in all three. An image stands at one time; its rows and columns count from there on, and the text
+    behind it goes on behind the longer side.
+    """
+    rows: list[tuple[int, int, int]] = []
+    at, left = 0, list(grids)
+    for token in ids.tolist():
+        if token == image_token:
+            height, width = left.pop(0)
+            rows += [(at, at + y, at + x) for y in range(height) for x in range(width)]
+            at += max(height, width)
+        else:
+            rows.append((at, at, at))
+            at += 1
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 3), at
+
+
+def place_image(ids: np.ndarray, image_token: int, num_visual: int | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids with one placeholder for each image: text ids [1, T], text slots [T], visual slots [N].
+
+    `num_visual` is of every image, or of each.
+    """
+    is_image = ids == image_token
+    widths = np.ones(len(ids), dtype=np.int64)
+    widths[is_image] = num_visual
+    wide = np.repeat(ids, widths)
+    visual = np.repeat(is_image, widths)
     text_ids = torch.from_numpy(wide[~visual])[None]
     return text_ids, torch.from_numpy(np.flatnonzero(~visual)), torch.from_numpy(np.flatnonzero(visual))
 
 
 def run_prompt(run: RecordingDecoder, ids: np.ndarray, image_token: int, tokens: int, visual: Visual) -> Output:
-    """Run a prompt with one image of `tokens` positions, of which the tower may have dropped some."""
-    embeds, places = visual
+    """Run a prompt with images of `tokens` positions, of which the tower may have dropped some."""
+    embeds, places, _ = visual
     text_ids, text, image = place_image(ids, image_token, tokens)
     if places is None:
         return run.step(text_ids, embeds, text, image)
@@ -117,24 +174,57 @@ def run_prompt(run: RecordingDecoder, ids: np.ndarray, image_token: int, tokens:
     return run.step(text_ids, embeds, *slots, offsets=offsets, span=len(text) + len(image))
 
 
+def run_grids(
+    run: RecordingDecoder, ids: np.ndarray, image_token: int, grids: Sequence[Grid], visuals: Sequence[Visual]
+) -> Output:
+    """Run a prompt of a model whose images have rows and columns for positions, one `visuals` for each image."""
+    counts = [rows * columns for rows, columns in grids]
+    text_ids, text, image = place_image(ids, image_token, counts)
+    offsets, span = mrope_offsets(ids, image_token, grids)
+    size = run.text.hidden_size
+    # An empty tensor in front, so that a prompt of text alone needs no other path.
+    embeds = torch.cat([torch.zeros(1, 0, size), *(visual.embeds for visual in visuals)], dim=1)
+    stacks = [visual.deepstack for visual in visuals if visual.deepstack is not None]
+    return run.step(
+        text_ids,
+        embeds,
+        text,
+        image,
+        offsets=offsets,
+        span=span,
+        images=torch.repeat_interleave(torch.arange(len(grids)), torch.tensor(counts, dtype=torch.int64)),
+        deepstack=torch.cat(stacks, dim=2) if stacks else None,
+    )
+
+
 def encode(tower: torch.nn.Module, pixel_values: Tensor) -> Visual:
-    """Visual tokens of images, and the places of those left where the tower drops some."""
+    """Visual tokens of images of one size, and what else the tower gives."""
     with torch.no_grad():
         made = tower(pixel_values)
-    return made if isinstance(made, tuple) else (made, None)
+    names = [str(name).removeprefix("visual_") for name in tower.outputs]  # type: ignore[union-attr]
+    return Visual(**dict(zip(names, made if isinstance(made, tuple) else (made,), strict=True)))
 
 
 def record(decoder: RoutedDecoder, tower: torch.nn.Module, model: Model, scenario: Scenario) -> Arrays:
     """Run the scenario in torch; the arrays are those of `reroute.scenario`."""
     arrays = scenario.to_arrays()
     visual = encode(tower, torch.from_numpy(scenario.pixel_values))
-    arrays["visual_embeds"] = visual[0].numpy()
-    if visual[1] is not None:
-        arrays["visual_places"] = visual[1].numpy()
-    tokens = model.vision.tokens_per_image
+    for name, tensor in visual._asdict().items():
+        if tensor is not None:
+            arrays[f"visual_{name}"] = tensor.numpy()
+    for grid, pixel_values in scenario.other_pixels.items():
+        for name, tensor in encode(tower, torch.from_numpy(pixel_values))._asdict().items():
+            if tensor is not None:
+                arrays[f"{grid[0]}x{grid[1]}.visual_{name}"] = tensor.numpy()
+    grid = model.grid_of(*scenario.pixel_values.shape[2:])
+    tokens = grid[0] * grid[1] if model.vision.grids else model.vision.tokens_per_image
     rows = len(scenario.prompt_ids) + tokens + len(scenario.turn_ids) + scenario.num_tokens
     run = RecordingDecoder(decoder, rows)
-    prompt = run_prompt(run, scenario.prompt_ids, model.tokens.image_token_id, tokens, visual)
+    token = model.tokens.image_token_id
+    if model.text.mrope is None:
+        prompt = run_prompt(run, scenario.prompt_ids, token, tokens, visual)
+    else:
+        prompt = run_grids(run, scenario.prompt_ids, token, [grid], [visual])
     arrays["prompt.logits"] = prompt.logits.numpy()
     for stage, (route, decision) in enumerate(zip(prompt.routes, run.decisions, strict=True), start=1):
         arrays[f"routes.{stage}"] = route.numpy()

@@ -6,6 +6,7 @@ The files are deterministic: no stack traces, no paths, no times; weights in gra
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
@@ -20,7 +21,7 @@ from onnxscript import optimizer
 
 from reroute.export import onnx_ops
 from reroute.export.decoder import RoutedDecoder
-from reroute.manifest import Model, Part, Tensor
+from reroute.manifest import Grid, Model, Part, Tensor
 from reroute.schedule import Schedule
 
 Shape = tuple[int | str, ...]
@@ -56,28 +57,41 @@ def trace_decoder(decoder: RoutedDecoder) -> ir.Model:
         torch.tensor([_TEXT + stage.visual_rows(visual) for stage in schedule.stages], dtype=torch.int32),
         [(cache(layer), cache(layer)) for layer in range(text.num_layers)],
     )
+    images = torch.arange(visual) // 2 if schedule.pool == "image" else None
+    stack = torch.zeros(text.deepstack, _BATCH, visual, text.hidden_size) if text.deepstack else None
     two, one = {0: _AUTO, 1: _AUTO}, {0: _AUTO}
     caches = [({0: _AUTO, 2: _AUTO}, {0: _AUTO, 2: _AUTO}) for _ in range(text.num_layers)]
     by_row = {1: _AUTO} if renumbered else one
-    model = _export(decoder, args, (two, two, one, one, by_row, by_row, None, caches))
+    optional = (None if images is None else one, None if stack is None else {1: _AUTO, 2: _AUTO})
+    dynamic = (two, two, one, one, by_row, by_row, None, caches, *optional)
+    model = _export(decoder, (*args, images, stack), dynamic)
     _name(model.graph.inputs, [(tensor.name, tensor.shape) for tensor in decoder_inputs(decoder)])
     _name(model.graph.outputs, [(tensor.name, tensor.shape) for tensor in decoder_outputs(decoder)])
     model.graph.name = "decoder"
+    _add_bodies(model)
+    return model
+
+
+def trace_vision(tower: torch.nn.Module, model: Model, schedule: Schedule, grid: Grid | None = None) -> ir.Model:
+    """The vision graph of a grid (default: the model's first).
+
+    From pixel_values [M, 3, H, W] to visual_embeds [M, N, D] and what else the tower gives.
+    """
+    grid = grid or model.vision.grid
+    graph = _export(tower, (torch.zeros(2, 3, *model.pixels(grid)),), ({0: _AUTO},))
+    _name(graph.graph.inputs, [(tensor.name, tensor.shape) for tensor in vision_inputs(model, grid)])
+    _name(graph.graph.outputs, [(tensor.name, tensor.shape) for tensor in vision_outputs(model, schedule, grid)])
+    graph.graph.name = "vision"
+    _add_bodies(graph)
+    return graph
+
+
+def _add_bodies(model: ir.Model) -> None:
+    """Give a graph the bodies of our ops that it calls."""
     for function in onnx_ops.functions():
         local = ir.from_proto(function)
         if any(node.domain == onnx_ops.DOMAIN and node.op_type == local.name for node in model.graph):
             model.functions[local.identifier()] = local
-    return model
-
-
-def trace_vision(tower: torch.nn.Module, model: Model, schedule: Schedule) -> ir.Model:
-    """The vision graph: pixel_values [M, 3, H, W] to visual_embeds [M, N, D], and their places where it prunes."""
-    height, width = model.image.crop_height, model.image.crop_width
-    graph = _export(tower, (torch.zeros(2, 3, height, width),), ({0: _AUTO},))
-    _name(graph.graph.inputs, [(tensor.name, tensor.shape) for tensor in vision_inputs(model)])
-    _name(graph.graph.outputs, [(tensor.name, tensor.shape) for tensor in vision_outputs(model, schedule)])
-    graph.graph.name = "vision"
-    return graph
 
 
 def decoder_inputs(decoder: RoutedDecoder) -> list[Tensor]:
@@ -94,7 +108,10 @@ def decoder_inputs(decoder: RoutedDecoder) -> list[Tensor]:
         Tensor(name="rope_sin", dtype="float32", shape=table),
         Tensor(name="kv_len", dtype="int32", shape=(len(decoder.schedule.stages),)),
     ]
-    return step + _caches(decoder, "past_key_values")
+    images = Tensor(name="visual_images", dtype="int64", shape=("N",))
+    stack = Tensor(name="deepstack", dtype="float32", shape=(text.deepstack, "B", "N", text.hidden_size))
+    optional = [images] * (schedule.pool == "image") + [stack] * (text.deepstack > 0)
+    return [*step, *_caches(decoder, "past_key_values"), *optional]
 
 
 def decoder_outputs(decoder: RoutedDecoder) -> list[Tensor]:
@@ -120,24 +137,82 @@ def _caches(decoder: RoutedDecoder, prefix: str) -> list[Tensor]:
     ]
 
 
-def vision_inputs(model: Model) -> list[Tensor]:
-    """The I/O table of the vision graph: inputs."""
-    shape = ("M", 3, model.image.crop_height, model.image.crop_width)
-    return [Tensor(name="pixel_values", dtype="float32", shape=shape)]
+def vision_inputs(model: Model, grid: Grid) -> list[Tensor]:
+    """The I/O table of a vision graph: inputs."""
+    return [Tensor(name="pixel_values", dtype="float32", shape=("M", 3, *model.pixels(grid)))]
 
 
-def vision_outputs(model: Model, schedule: Schedule) -> list[Tensor]:
-    """The I/O table of the vision graph: outputs."""
-    tokens = schedule.entering(model.vision.tokens_per_image)
-    embeds = Tensor(name="visual_embeds", dtype="float32", shape=("M", tokens, model.text.hidden_size))
-    places = Tensor(name="visual_places", dtype="int64", shape=("M", tokens))
-    return [embeds] if schedule.nuwa is None else [embeds, places]
+def vision_outputs(model: Model, schedule: Schedule, grid: Grid) -> list[Tensor]:
+    """The I/O table of a vision graph: outputs."""
+    made = grid[0] * grid[1] if model.vision.grids else model.vision.tokens_per_image
+    tokens, size = schedule.entering(made), model.text.hidden_size
+    outputs = [Tensor(name="visual_embeds", dtype="float32", shape=("M", tokens, size))]
+    if schedule.nuwa is not None:
+        outputs.append(Tensor(name="visual_places", dtype="int64", shape=("M", tokens)))
+    if model.text.deepstack:
+        shape = (model.text.deepstack, "M", tokens, size)
+        outputs.append(Tensor(name="visual_deepstack", dtype="float32", shape=shape))
+    return outputs
 
 
 def save(model: ir.Model, folder: Path, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Part:
     """Write `name`.onnx and `name`.onnx.data into `folder`; returns the manifest's entry."""
     ir.save(model, folder / f"{name}.onnx", external_data=f"{name}.onnx.data")
     return Part(file=f"{name}.onnx", inputs=tuple(inputs), outputs=tuple(outputs))
+
+
+def save_vision(tower: torch.nn.Module, model: Model, schedule: Schedule, folder: Path) -> dict[str, Part]:
+    """Trace and write the vision graph of every grid; the manifest's entries by part name.
+
+    Several graphs share one file of weights, vision.onnx.data: what is equal in two of them is stored once.
+    """
+    weights = SharedWeights(folder / "vision.onnx.data")
+    parts: dict[str, Part] = {}
+    for grid in model.vision.all_grids:
+        graph, name = trace_vision(tower, model, schedule, grid), model.vision_part(grid)
+        inputs, outputs = vision_inputs(model, grid), vision_outputs(model, schedule, grid)
+        if not model.vision.grids:
+            return {name: save(graph, folder, name, inputs, outputs)}
+        weights.take(graph)
+        ir.save(graph, folder / f"{name}.onnx")
+        parts[name] = Part(file=f"{name}.onnx", inputs=tuple(inputs), outputs=tuple(outputs))
+    return parts
+
+
+class SharedWeights:
+    """A file of weights that several graphs refer to, each tensor once. Small constants stay in the graphs."""
+
+    SMALLEST = 1024  # bytes
+    ALIGNMENT = 4096  # a page, so that an engine can map the file
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places: dict[str, tuple[int, int]] = {}
+        self.end = 0
+
+    def take(self, graph: ir.Model) -> None:
+        """Move the weights of a graph into the file."""
+        with self.path.open("ab") as file:
+            for value in graph.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < self.SMALLEST:
+                    continue
+                data = tensor.tobytes()
+                key = hashlib.sha256(data).hexdigest()
+                if key not in self.places:
+                    start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
+                    file.write(b"\0" * (start - self.end) + data)
+                    self.places[key], self.end = (start, len(data)), start + len(data)
+                offset, length = self.places[key]
+                value.const_value = ir.ExternalTensor(
+                    self.path.name,
+                    offset,
+                    length,
+                    tensor.dtype,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=value.name or "",
+                    base_dir=self.path.parent,
+                )
 
 
 def _export(module: torch.nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ir.Model:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reroute.manifest import Grid
 from reroute.runtime.text import Token
 
 
@@ -44,6 +45,29 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class View:
+    """How an image was seen.
+
+    Attributes:
+        original: (width, height) of the image.
+        pixels: (width, height) that the tower was given, after resizing and cropping.
+        grid: (rows, columns) of visual tokens.
+        choices: grids that the bundle has.
+    """
+
+    original: tuple[int, int]
+    pixels: tuple[int, int]
+    grid: Grid
+    choices: int = 1
+
+    def __str__(self) -> str:
+        """`640 x 480 pixels, seen as 756 x 560: 20 x 27 visual tokens`."""
+        (width, height), (seen_width, seen_height), (rows, columns) = self.original, self.pixels, self.grid
+        seen = f"seen as {seen_width} x {seen_height}"
+        return f"{width} x {height} pixels, {seen}: {rows} x {columns} visual tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """A finished answer.
 
@@ -59,6 +83,7 @@ class Answer:
         prompt_tokens: text tokens run for the question, with the template's.
         visual_tokens: visual tokens of the question's images that entered the decoder.
         timings: see `Timings`.
+        views: how each of the question's images was seen.
     """
 
     text: str
@@ -69,6 +94,7 @@ class Answer:
     prompt_tokens: int
     visual_tokens: int
     timings: Timings
+    views: tuple[View, ...] = ()
 
 
 class AnswerStream(Iterator[Token]):

@@ -78,7 +78,7 @@ class Backend(Protocol):
         ...
 
     def encode(self, pixel_values: np.ndarray) -> VisualTokens:
-        """Visual tokens of images float32 [M, 3, H, W]."""
+        """Visual tokens of images float32 [M, 3, H, W], all of one of the manifest's grids."""
         ...
 
     def step(self, inputs: StepInputs) -> StepOutputs:

@@ -57,14 +57,14 @@ class Bundle:
                 hint=f"lower it for a backend first: `reroute build {folder}`",
             )
         bundle = cls(path=folder, manifest=manifest)
-        for name in ("decoder", "vision"):
+        for name in ("decoder", *manifest.model.vision_parts):
             bundle.part(name)
         if verify:
             manifest.verify_files(folder)
         return bundle
 
     def part(self, name: str) -> Path:
-        """Path of the graph or engine called `name` ("decoder", "vision"). Raises UserError."""
+        """Path of the graph or engine called `name` ("decoder", or see `Model.vision_part`). Raises UserError."""
         part = self.manifest.parts.get(name)
         if part is None:
             raise UserError(f"{self.path} has no part {name!r}", hint="build the bundle again")
@@ -74,8 +74,12 @@ class Bundle:
     @property
     def vision_sha256(self) -> str:
         """Of the vision graph and its weights: bundles that share it make the same features of an image."""
-        name = self.manifest.parts["vision"].file
-        own = [f"{file}={entry.sha256}" for file, entry in self.manifest.files.items() if file.startswith(name)]
+        names = [self.manifest.parts[part].file for part in self.manifest.model.vision_parts]
+        own = [
+            f"{file}={entry.sha256}"
+            for file, entry in self.manifest.files.items()
+            if file.startswith((*names, "vision.onnx.data"))
+        ]
         return hashlib.sha256("\n".join(own).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:

@@ -1,8 +1,12 @@
-"""Images in, pixel values out: the CLIP image processor of the checkpoint without transformers.
+"""Images in, pixel values out: the image processors of the checkpoints without transformers.
 
-The numbers are those of `CLIPImageProcessorPil` of transformers 5.23 (the one used without torchvision):
-resize the shortest edge, centre crop in uint8 (what is missing is black), rescale in float64, normalise in
-float32.
+The numbers are those of `CLIPImageProcessorPil` and `Qwen2VLImageProcessorPil` of transformers 5.23 (the ones used
+without torchvision). CLIP: resize the shortest edge, centre crop in uint8 (what is missing is black). Qwen-VL: resize
+to whole visual tokens. Both: rescale in float64, normalise in float32.
+
+Qwen-VL's processor resizes to any number of tokens between two limits (`wanted_grid`). An engine has graphs for the
+grids that it was exported for, so the image is resized to the nearest of them (`nearest_grid`): the proportions may
+change a little, as they do when the processor itself rounds to whole tokens.
 
 One deliberate difference lies before the processor: transparent images are laid on white, where transformers
 drops the alpha channel and shows whatever colour lies below it.
@@ -10,7 +14,9 @@ drops the alpha channel and shows whatever colour lies below it.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from reroute.errors import UserError
-from reroute.manifest import ImageProcessing
+from reroute.manifest import Grid, GridProcessing, ImageProcessing, Model
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 100
@@ -67,8 +73,56 @@ def open_image(source: ImageInput) -> Image.Image:
         return _load(image, name)
 
 
-def crop(image: Image.Image, processing: ImageProcessing) -> Image.Image:
-    """What the model sees of an RGB image: resized and cropped to [crop_height, crop_width], still uint8."""
+def grid_of(image: Image.Image, model: Model) -> Grid:
+    """The grid of visual tokens that an image gets."""
+    if isinstance(model.image, ImageProcessing):
+        return model.vision.grid
+    return nearest_grid(image.size, model.image, model.vision.all_grids)
+
+
+def wanted_grid(size: tuple[int, int], processing: GridProcessing) -> tuple[float, float]:
+    """Rows and columns that the checkpoint's processor would give an image of (width, height) pixels.
+
+    `smart_resize` of transformers: the nearest whole numbers, made smaller or larger in proportion where the pixels are
+    more than `max_pixels` or fewer than `min_pixels`.
+    """
+    width, height = size
+    cell, area = processing.cell, width * height
+    rows, columns = round(height / cell), round(width / cell)
+    if rows * columns * cell**2 > processing.max_pixels:
+        shrink = math.sqrt(area / processing.max_pixels)
+        return max(1, math.floor(height / shrink / cell)), max(1, math.floor(width / shrink / cell))
+    if rows * columns * cell**2 < processing.min_pixels:
+        grow = math.sqrt(processing.min_pixels / area)
+        return math.ceil(height * grow / cell), math.ceil(width * grow / cell)
+    return rows, columns
+
+
+def nearest_grid(size: tuple[int, int], processing: GridProcessing, grids: Sequence[Grid]) -> Grid:
+    """The grid that is nearest to what the checkpoint's processor would choose for an image of (width, height) pixels.
+
+    Sides are compared by their ratio; an image larger than all grids is first made as small as the largest one, so that
+    it is then its shape that counts. Of equally near grids the first.
+    """
+    rows, columns = wanted_grid(size, processing)
+    if (rows, columns) in grids:
+        return int(rows), int(columns)
+    largest = max(grid[0] * grid[1] for grid in grids)
+    if rows * columns > largest:
+        width, height = size
+        scale = math.sqrt(largest / (width * height))
+        rows, columns = height * scale, width * scale
+    rows, columns = max(rows, 0.5), max(columns, 0.5)
+    return min(grids, key=lambda grid: math.log(grid[0] / rows) ** 2 + math.log(grid[1] / columns) ** 2)
+
+
+def crop(image: Image.Image, processing: ImageProcessing | GridProcessing, grid: Grid | None = None) -> Image.Image:
+    """What the model sees of an RGB image, still uint8: resized and cropped, or resized to the pixels of `grid`."""
+    if isinstance(processing, GridProcessing):
+        if grid is None:
+            raise ValueError("an image for a tower of several grids needs one")
+        size = (grid[1] * processing.cell, grid[0] * processing.cell)
+        return image.resize(size, resample=Image.Resampling(processing.resample))
     width, height = image.size
     short, long = sorted((width, height))
     edge = processing.shortest_edge
@@ -79,9 +133,11 @@ def crop(image: Image.Image, processing: ImageProcessing) -> Image.Image:
     return resized.crop((left, top, left + processing.crop_width, top + processing.crop_height))
 
 
-def preprocess(image: Image.Image, processing: ImageProcessing) -> np.ndarray:
-    """Pixel values of an RGB image: float32 [3, crop_height, crop_width], normalised."""
-    pixels = np.asarray(crop(image, processing)).astype(np.float64) * processing.rescale_factor
+def preprocess(
+    image: Image.Image, processing: ImageProcessing | GridProcessing, grid: Grid | None = None
+) -> np.ndarray:
+    """Pixel values of an RGB image: float32 [3, H, W], normalised; with a `GridProcessing`, of `grid`."""
+    pixels = np.asarray(crop(image, processing, grid)).astype(np.float64) * processing.rescale_factor
     mean, std = (np.asarray(v, dtype=np.float32) for v in (processing.mean, processing.std))
     return np.ascontiguousarray(((pixels.astype(np.float32) - mean) / std).transpose(2, 0, 1))
 

@@ -27,6 +27,9 @@ class StepInputs:
         rope_cos: float32 [S, head_dim / 2], rows of this step's positions; [stages, S, head_dim / 2] for a schedule
             with renumbered positions.
         rope_sin: the same shape.
+        visual_images: int64 [N], the image of each visual token, ascending from 0; only for a budget per image.
+        deepstack: float [E, B, N, D] in the manifest's dtype, what is added to the visual tokens after the first E
+            layers; only for models that have it.
     """
 
     input_ids: np.ndarray
@@ -35,6 +38,12 @@ class StepInputs:
     visual_slots: np.ndarray
     rope_cos: np.ndarray
     rope_sin: np.ndarray
+    visual_images: np.ndarray | None = None
+    deepstack: np.ndarray | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The graph's inputs by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +54,18 @@ class Layout:
         input_ids: int64 [T].
         text_slots: int64 [T].
         visual_slots: int64 [N].
+        images: int64 [N], the image of each visual token, from 0 in the order of their placeholders; None: all of one.
     """
 
     input_ids: np.ndarray
     text_slots: np.ndarray
     visual_slots: np.ndarray
+    images: np.ndarray | None = None
+
+    @property
+    def visual_images(self) -> np.ndarray:
+        """int64 [N], the image of each visual token."""
+        return np.zeros_like(self.visual_slots) if self.images is None else self.images
 
     @property
     def num_text(self) -> int:
@@ -76,6 +92,7 @@ class Layout:
             input_ids=np.concatenate([[token_id], self.input_ids]),
             text_slots=np.concatenate([[0], self.text_slots + 1]),
             visual_slots=self.visual_slots + 1,
+            images=self.images,
         )
 
     def inputs(self, visual_embeds: np.ndarray, rope_cos: np.ndarray, rope_sin: np.ndarray) -> StepInputs:
@@ -97,9 +114,16 @@ class Layout:
 
 
 def lay_out(
-    token_ids: Sequence[int], *, image_token: str, image_token_id: int, num_images: int, tokens_per_image: int
+    token_ids: Sequence[int],
+    *,
+    image_token: str,
+    image_token_id: int,
+    num_images: int,
+    tokens_per_image: int | Sequence[int],
 ) -> Layout:
-    """Take the image placeholders out of `token_ids` and give each of them `tokens_per_image` slots.
+    """Take the image placeholders out of `token_ids` and give each of them its slots.
+
+    `tokens_per_image` is of every image, or of each in order.
 
     Raises:
         UserError: no tokens, other than `num_images` placeholders, or a placeholder at the end (the logits
@@ -120,12 +144,14 @@ def lay_out(
             f"the prompt ends with an image ({image_token}), but an answer needs text as the last token",
             hint="use a chat template that ends with text, such as `ASSISTANT:`",
         )
-    widths = np.where(is_image, tokens_per_image, 1)
+    widths = np.ones(len(ids), dtype=np.int64)
+    widths[is_image] = tokens_per_image
     places = np.repeat(is_image, widths)
     return Layout(
         input_ids=ids[~is_image],
         text_slots=np.flatnonzero(~places).astype(np.int64),
         visual_slots=np.flatnonzero(places).astype(np.int64),
+        images=np.repeat(np.arange(num_images, dtype=np.int64), widths[is_image]),
     )
 
 
@@ -148,13 +174,19 @@ def stack(steps: Sequence[StepInputs]) -> StepInputs:
                 f"two prompts of a batch {what}: one batch would need padding, which is not supported",
                 hint="run them one after the other, or put prompts of equal length and layout into one batch",
             )
+    stacks = [step.deepstack for step in steps if step.deepstack is not None]
     return replace(
         first,
         input_ids=np.concatenate([step.input_ids for step in steps]),
         visual_embeds=np.concatenate([step.visual_embeds for step in steps]),
+        deepstack=np.concatenate(stacks, axis=1) if stacks else None,
     )
 
 
-def rows_added(schedule: Schedule, *, num_text: int, num_visual: int) -> np.ndarray:
-    """Cache rows that a step adds per stage, int64 [stages]: T + N in stage 0, T + min(K_s, N) in s."""
-    return np.asarray([num_text + stage.visual_rows(num_visual) for stage in schedule.stages], dtype=np.int64)
+def rows_added(schedule: Schedule, *, num_text: int, num_visual: int, images: np.ndarray | None = None) -> np.ndarray:
+    """Cache rows that a step adds per stage, int64 [stages]: T + N in stage 0, T + min(K_s, N) in s.
+
+    `images`, int64 [N], is the image of each visual token, for schedules with a budget per image; None: all of one.
+    """
+    counts = [num_visual] if images is None else np.bincount(images).tolist()
+    return num_text + np.asarray(schedule.visual_rows(counts), dtype=np.int64)

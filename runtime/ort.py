@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from reroute.errors import UserError
+from reroute.manifest import Grid
 from reroute.runtime.backend import BackendOptions, StepOutputs
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import StepInputs, rows_added
@@ -43,7 +44,10 @@ class OrtBackend:
         self._options = options
         self._manifest = bundle.manifest
         self._providers = self._pick_providers(options.provider)
-        self._vision = self._load(bundle.part("vision"))
+        # The other grids' graphs are loaded when an image needs them.
+        self._bundle = bundle
+        self._vision: dict[str, Any] = {}
+        self._vision_graph(self._manifest.model.vision.grid)
         self._decoder = self._load(bundle.part("decoder"))
         types = {i.name: i.type for i in self._decoder.get_inputs()}
         self._dtype = _DTYPES[types["visual_embeds"]]
@@ -73,6 +77,8 @@ class OrtBackend:
             visual_slots=np.zeros(0, dtype=np.int64),
             rope_cos=np.zeros(table, dtype=np.float32),
             rope_sin=np.zeros(table, dtype=np.float32),
+            visual_images=np.zeros(0, dtype=np.int64) if self._manifest.schedule.pool == "image" else None,
+            deepstack=np.zeros((text.deepstack, batch, 0, text.hidden_size), self._dtype) if text.deepstack else None,
         )
         self._bound: dict[Any, dict[str, np.ndarray]] = {}
         self._prompt_binding = self._bind_caches()
@@ -90,9 +96,19 @@ class OrtBackend:
         return sum(array.nbytes for array in self._caches.values())
 
     def encode(self, pixel_values: np.ndarray) -> VisualTokens:
-        """Visual tokens of images float32 [M, 3, H, W]."""
-        embeds, *places = self._vision.run(None, {"pixel_values": pixel_values})
-        return VisualTokens(embeds=embeds, places=places[0] if places else None)
+        """Visual tokens of images float32 [M, 3, H, W] of one grid."""
+        model = self._manifest.model
+        grid = model.grid_of(*pixel_values.shape[2:])
+        graph = self._vision_graph(grid)
+        names = [output.name.removeprefix("visual_") for output in graph.get_outputs()]
+        made = dict(zip(names, graph.run(None, {"pixel_values": pixel_values}), strict=True))
+        return VisualTokens(grids=(grid,) * len(pixel_values) if model.vision.grids else None, **made)
+
+    def _vision_graph(self, grid: Grid) -> Any:
+        name = self._manifest.model.vision_part(grid)
+        if name not in self._vision:
+            self._vision[name] = self._load(self._bundle.part(name))
+        return self._vision[name]
 
     def step(self, inputs: StepInputs) -> StepOutputs:
         """Run the decoder and append to the caches; `lengths` advance only when the run succeeded.
@@ -103,7 +119,9 @@ class OrtBackend:
         """
         num_text, num_visual = len(inputs.text_slots), len(inputs.visual_slots)
         schedule = self._manifest.schedule
-        kv_len = self._lengths + rows_added(schedule, num_text=num_text, num_visual=num_visual)
+        kv_len = self._lengths + rows_added(
+            schedule, num_text=num_text, num_visual=num_visual, images=inputs.visual_images
+        )
         if (kv_len > self._capacity).any():
             raise ValueError(f"the step needs {kv_len.tolist()} cache rows of {self._capacity.tolist()}")
         if self._options.batch > 1 and num_text + num_visual > 1 and self._lengths.any():
@@ -194,7 +212,7 @@ class OrtBackend:
         return binding
 
     def _bind_step(self, binding: Any, inputs: StepInputs) -> None:
-        arrays = {name: np.ascontiguousarray(array) for name, array in vars(inputs).items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.arrays().items()}
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
         binding.bind_cpu_input("kv_len", self._kv_len)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from reroute.manifest import Manifest
+from reroute.manifest import Boxes, Manifest
 from reroute.runtime.answer import Answer
 from reroute.runtime.image import ImageInput, crop, open_image
 
@@ -23,6 +23,8 @@ Box = tuple[float, float, float, float]
 RAN_COLOUR, BACK_COLOUR, BOX_COLOUR = (59, 130, 246), (236, 0, 140), (22, 163, 74)
 
 _NUMBER = r"(\d*\.\d+|\d+)"
+# Two corners, in brackets of any kind: `[12, 30, 50, 61]`, `(12,30),(50,61)`; the 2 of a key `bbox_2d` is not a number.
+_CORNERS = re.compile(r"(?<![\w.])" + r"\s*[)\]]?\s*,\s*[(\[]?\s*".join([_NUMBER] * 4))
 _FOUR = re.compile(r"(?<![\d.])" + r"[\s,]+".join([_NUMBER] * 4) + r"(?![\d]|\.\d)")
 
 
@@ -36,12 +38,28 @@ class Fate(enum.IntEnum):
     DROPPED = 4  # never entered the decoder
 
 
-def parse_box(text: str) -> Box | None:
-    """Box in an answer: (x1, y1, x2, y2) as shares 0..1 of the crop's sides, or None.
+def parse_box(text: str, boxes: Boxes = "shares", size: tuple[int, int] = (1000, 1000)) -> Box | None:
+    """Box in an answer: (x1, y1, x2, y2) as shares 0..1 of the sides of what the model saw, or None.
 
-    Four decimals are shares already (LLaVA: `[0.12, 0.3, 0.5, 0.61]`); four integers 0..99 are hundredths of
-    the side (the demo: `12 30 50 61`). A box without area, or more or fewer than four numbers, is None.
+    Args:
+        text: the answer.
+        boxes: how the model writes them, see `reroute.manifest.Model`.
+        size: with pixels: (width, height) of the resized image, which is what they are pixels of.
+
+    Pixels and thousandths (Qwen-VL: `{"bbox_2d": [12, 30, 50, 61]}`, `(12,30),(50,61)`): the first four numbers that
+    are two corners. Shares: four decimals are shares already (LLaVA: `[0.12, 0.3, 0.5, 0.61]`); four integers 0..99 are
+    hundredths of the side (the demo: `12 30 50 61`); more or fewer than four numbers are None. A box without area is
+    None.
     """
+    if boxes != "shares":
+        width, height = size if boxes == "pixels" else (1000, 1000)
+        corners = _CORNERS.search(text)
+        if corners is None:
+            return None
+        x1, y1, x2, y2 = (
+            float(value) / side for value, side in zip(corners.groups(), (width, height) * 2, strict=True)
+        )
+        return (x1, y1, x2, y2) if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 else None
     match = _FOUR.search(text)
     if match is None or len(re.findall(_NUMBER, text)) != 4:
         return None
@@ -155,10 +173,11 @@ def overlay(image: ImageInput, answer: Answer, manifest: Manifest, *, image_inde
         manifest: of the bundle that answered.
         image_index: which of the answer's images `image` is.
     """
-    rows, columns = manifest.model.vision.grid
-    schedule = manifest.schedule
+    model, schedule = manifest.model, manifest.schedule
+    grids = [view.grid for view in answer.views] or [model.vision.grid] * (image_index + 1)
+    rows, columns = grids[image_index]
     # Indices count on from image to image.
-    own = np.arange(rows * columns) + image_index * rows * columns
+    own = np.arange(rows * columns) + sum(high * wide for high, wide in grids[:image_index])
     entered = np.isin(own, answer.entered)
     ran = [entered, *(np.isin(own, route) for route in answer.routes)]
     left_out = Fate.GONE if schedule.action == "removal" else Fate.WAITING
@@ -178,5 +197,6 @@ def overlay(image: ImageInput, answer: Answer, manifest: Manifest, *, image_inde
             fates=fates.reshape(rows, columns),
         )
         views.append(view)
-    shown = crop(open_image(image), manifest.model.image)
-    return Overlay(shown=shown, box=parse_box(answer.text), grid=(rows, columns), stages=tuple(views))
+    shown = crop(open_image(image), model.image, (rows, columns))
+    box = parse_box(answer.text, model.boxes, shown.size)
+    return Overlay(shown=shown, box=box, grid=(rows, columns), stages=tuple(views))

@@ -3,15 +3,20 @@
 Positions count the dialogue as the model was trained to see it: every visual token of an image has one, also those that
 a vision-side method (Nüwa) drops before the decoder, so that the text behind an image stands where it would stand
 anyway. Renumbered schedules (PyramidDrop's code) count the rows of each stage instead.
+
+A model with M-RoPE has three positions (time, row, column; arXiv 2409.12191): text counts on in all of them, an image
+stands at one time, its rows and columns count from there on, and the text behind it goes on behind the longer side. So
+a dialogue's next position is not its number of cache rows; the difference is its *shift*, which the session adds up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reroute.manifest import Manifest
+from reroute.manifest import Grid, Manifest
 from reroute.runtime.layout import Layout, StepInputs
 from reroute.runtime.rope import Rotary
 
@@ -21,12 +26,37 @@ class VisualTokens:
     """What the vision graph makes of M images.
 
     Attributes:
-        embeds: float [M, N, D], in the manifest's dtype.
+        embeds: float [M, N, D], in the manifest's dtype; images of several grids behind each other as [1, N of all, D].
         places: int64 [M, N], ascending places on the grid, row-major; None when no token was dropped.
+        grids: (rows, columns) of each image; None where all images of the model have the same.
+        deepstack: float [E, M, N, D], what is added to the tokens after the first decoder layers, or None.
     """
 
     embeds: np.ndarray
     places: np.ndarray | None = None
+    grids: tuple[Grid, ...] | None = None
+    deepstack: np.ndarray | None = None
+
+    @property
+    def num_images(self) -> int:
+        """M, the images."""
+        return len(self.embeds) if self.grids is None else len(self.grids)
+
+
+def join(parts: Sequence[VisualTokens]) -> VisualTokens:
+    """The tokens of several images with grids, behind each other."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def flat(array: np.ndarray) -> np.ndarray:
+        return array.reshape(*array.shape[:-3], 1, -1, array.shape[-1])
+
+    stacks = [flat(part.deepstack) for part in parts if part.deepstack is not None]
+    return VisualTokens(
+        embeds=np.concatenate([flat(part.embeds) for part in parts], axis=1),
+        grids=tuple(grid for part in parts for grid in part.grids or ()),
+        deepstack=np.concatenate(stacks, axis=2) if stacks else None,
+    )
 
 
 class Positions:
@@ -34,34 +64,55 @@ class Positions:
 
     def __init__(self, manifest: Manifest) -> None:
         text, capacity = manifest.model.text, manifest.capacity
-        self._schedule = manifest.schedule
-        self._tower = manifest.model.vision.tokens_per_image
+        self._schedule, self._mrope = manifest.schedule, text.mrope
+        self._tower, self._grid = manifest.model.vision.tokens_per_image, manifest.model.vision.grid
         self._dropped = self._tower - self._schedule.entering(self._tower)
-        self._nothing = VisualTokens(embeds=np.zeros((0, 0, text.hidden_size), dtype=manifest.dtype))
+        empty = np.zeros((0, 0, text.hidden_size), dtype=manifest.dtype)
+        stack = np.zeros((text.deepstack, *empty.shape), dtype=manifest.dtype) if text.deepstack else None
+        self._nothing = VisualTokens(embeds=empty, deepstack=stack)
         rows = capacity.max_text + capacity.max_images * self._tower
         self.rotary = Rotary(head_dim=text.head_dim, theta=text.rope_theta, rows=rows)
 
-    def inputs(
-        self, layout: Layout, visual: VisualTokens | None, lengths: np.ndarray, *, images_before: int = 0
-    ) -> StepInputs:
+    def inputs(self, layout: Layout, visual: VisualTokens | None, lengths: np.ndarray, *, shift: int = 0) -> StepInputs:
         """The step's inputs at batch 1.
 
         Args:
             layout: of the tokens that enter the decoder.
             visual: of the images in the order of their placeholders; None for a step of text.
             lengths: int [stages], valid cache rows of each stage before the step.
-            images_before: images of the dialogue's earlier steps.
+            shift: sum of `shift` over the images of the dialogue's earlier steps.
         """
         visual = visual or self._nothing
         if self._schedule.positions == "renumbered":
             count = layout.num_text + layout.num_visual
             tables = [self.rotary.rows(int(length), count) for length in lengths]
             cos, sin = np.stack([table[0] for table in tables]), np.stack([table[1] for table in tables])
+        elif self._mrope is not None:
+            at = int(lengths[0]) + shift + self.offsets_3d(layout, self.grids(visual))[:, self._mrope.axes]
+            frequency = np.arange(at.shape[1])
+            cos, sin = self.rotary.cos[at, frequency], self.rotary.sin[at, frequency]
         else:
-            start = int(lengths[0]) + images_before * self._dropped
-            at = start + self.offsets(layout, visual.places)
+            at = int(lengths[0]) + shift + self.offsets(layout, visual.places)
             cos, sin = self.rotary.cos[at], self.rotary.sin[at]
-        return layout.inputs(visual.embeds, cos, sin)
+        step = layout.inputs(visual.embeds, cos, sin)
+        if visual.deepstack is not None:
+            stack = visual.deepstack
+            step = replace(step, deepstack=stack.reshape(len(stack), 1, layout.num_visual, stack.shape[-1]))
+        if self._schedule.pool == "image":
+            step = replace(step, visual_images=layout.visual_images)
+        return step
+
+    def shift(self, visual: VisualTokens | None) -> int:
+        """How far these images put the next position ahead of the cache rows; negative where an image takes fewer."""
+        if visual is None:
+            return 0
+        if self._mrope is not None:
+            return sum(max(rows, columns) - rows * columns for rows, columns in self.grids(visual))
+        return visual.num_images * self._dropped
+
+    def grids(self, visual: VisualTokens) -> tuple[Grid, ...]:
+        """(rows, columns) of each image."""
+        return (self._grid,) * visual.num_images if visual.grids is None else visual.grids
 
     def offsets(self, layout: Layout, places: np.ndarray | None) -> np.ndarray:
         """Positions of a step's slots from its first on, int64 [S]: gaps where the tower dropped tokens."""
@@ -73,8 +124,24 @@ class Positions:
             at[slots] = slots[0] + image * self._dropped + kept
         return at
 
+    def offsets_3d(self, layout: Layout, grids: Sequence[Grid]) -> np.ndarray:
+        """Time, row and column of a step's slots from its first on, int64 [S, 3]."""
+        at = np.repeat(np.arange(layout.num_text + layout.num_visual, dtype=np.int64)[:, None], 3, axis=1)
+        done = 0
+        for rows, columns in grids:
+            slots = layout.visual_slots[done : done + rows * columns]
+            done += rows * columns
+            start = at[slots[0], 0]
+            at[slots[-1] + 1 :] += max(rows, columns) - rows * columns
+            at[slots, 0] = start
+            at[slots, 1] = start + np.arange(rows * columns) // columns
+            at[slots, 2] = start + np.arange(rows * columns) % columns
+        return at
+
     def tokens(self, visual: VisualTokens) -> np.ndarray:
         """Which of the tower's tokens entered, int64 [M * N]: places that count on from image to image."""
         images, count = visual.embeds.shape[:2]
+        if visual.grids is not None:
+            return np.arange(images * count)
         own = np.arange(count) if visual.places is None else visual.places
         return (np.arange(images)[:, None] * self._tower + own).ravel()

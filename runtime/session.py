@@ -12,12 +12,12 @@ import numpy as np
 
 from reroute.errors import UserError
 from reroute.runtime import chat as messages
-from reroute.runtime.answer import Answer, AnswerStream, Timings
+from reroute.runtime.answer import Answer, AnswerStream, Timings, View
 from reroute.runtime.backend import Backend, BackendOptions, StepOutputs, open_backend
 from reroute.runtime.bundle import Bundle
-from reroute.runtime.image import ImageInput, open_image, preprocess
+from reroute.runtime.image import ImageInput, grid_of, open_image, preprocess
 from reroute.runtime.layout import Layout, lay_out, rows_added
-from reroute.runtime.positions import Positions, VisualTokens
+from reroute.runtime.positions import Positions, VisualTokens, join
 from reroute.runtime.sampling import Sampler, Sampling
 from reroute.runtime.text import Token, Writer
 
@@ -31,10 +31,12 @@ class Features:
     Attributes:
         visual: the visual tokens.
         vision_sha256: of the vision graph and its weights.
+        views: how the images were seen.
     """
 
     visual: VisualTokens
     vision_sha256: str
+    views: tuple[View, ...] = ()
 
 
 Images = ImageInput | Sequence[ImageInput] | Features | None
@@ -46,8 +48,8 @@ class _Turn:
 
     number: int
     layout: Layout
-    images: np.ndarray | VisualTokens | None  # float32 [M, 3, H, W], or encoded before
-    num_images: int
+    images: list[np.ndarray] | VisualTokens  # batches float32 [M, 3, H, W] of one size each, or encoded before
+    views: tuple[View, ...]
     image_ms: float
     messages: tuple[messages.Message, ...]
     max_new_tokens: int
@@ -113,7 +115,7 @@ class Session:
         self.backend.reset()
         self._messages: tuple[messages.Message, ...] = ()
         self._pending: int | None = None  # a sampled token that belongs to the dialogue but was not run yet
-        self._images = 0  # run so far
+        self._shift = 0  # see `Positions.shift`
         self._turns += 1
 
     def encode(self, image: ImageInput | Sequence[ImageInput]) -> Features:
@@ -121,8 +123,28 @@ class Session:
         images = _as_list(image)
         if not images:
             raise UserError("there is no image to encode", hint="give a path, a Pillow image or a uint8 array")
-        pixels = np.stack([preprocess(open_image(one), self.manifest.model.image) for one in images])
-        return Features(visual=self.backend.encode(pixels), vision_sha256=self.bundle.vision_sha256)
+        batches, views = self._pixels(images)
+        visual = self._encode(batches)
+        assert visual is not None
+        return Features(visual=visual, vision_sha256=self.bundle.vision_sha256, views=views)
+
+    def _pixels(self, images: list[ImageInput]) -> tuple[list[np.ndarray], tuple[View, ...]]:
+        """Pixel values, in one batch where all images have one size, and how each image is seen."""
+        model = self.manifest.model
+        pixels, views, choices = [], [], len(model.vision.all_grids)
+        for one in images:
+            opened = open_image(one)
+            grid = grid_of(opened, model)
+            pixels.append(preprocess(opened, model.image, grid))
+            views.append(View(original=opened.size, pixels=pixels[-1].shape[:0:-1], grid=grid, choices=choices))
+        if len({array.shape for array in pixels}) == 1:
+            pixels = [np.stack(pixels)]
+        else:
+            pixels = [array[None] for array in pixels]
+        return pixels, tuple(views)
+
+    def _encode(self, batches: list[np.ndarray]) -> VisualTokens | None:
+        return join([self.backend.encode(batch) for batch in batches]) if batches else None
 
     @property
     def backend(self) -> Backend:
@@ -193,7 +215,7 @@ class Session:
     def _prepare(self, prompt: str, image: Images, max_new_tokens: int) -> _Turn:
         model = self.manifest.model
         inputs = [] if isinstance(image, Features) else _as_list(image)
-        count = len(image.visual.embeds) if isinstance(image, Features) else len(inputs)
+        count = image.visual.num_images if isinstance(image, Features) else len(inputs)
         if isinstance(image, Features) and image.vision_sha256 != self.bundle.vision_sha256:
             raise UserError(
                 "these features were encoded by another vision graph than this bundle's",
@@ -208,8 +230,9 @@ class Session:
                 hint="set terminal and shell to UTF-8",
             )
         start = time.perf_counter()
-        pixels = [preprocess(open_image(one), model.image) for one in inputs]
+        batches, views = self._pixels(inputs)
         image_ms = _ms_since(start)
+        images, views = (image.visual, image.views) if isinstance(image, Features) else (batches, views)
         history = (*self._messages, messages.user_message(prompt, num_images=count))
         ids = self._chat.next_turn(history) if self._messages else self._chat.first_turn(history)
         layout = lay_out(
@@ -217,25 +240,35 @@ class Session:
             image_token=model.tokens.image_token,
             image_token_id=model.tokens.image_token_id,
             num_images=count,
-            tokens_per_image=self.manifest.schedule.entering(model.vision.tokens_per_image),
+            tokens_per_image=self._tokens_of(images, views),
         )
         if self._pending is not None:
             layout = layout.after(self._pending)
         return _Turn(
             number=self._turns,
             layout=layout,
-            images=image.visual if isinstance(image, Features) else np.stack(pixels) if pixels else None,
-            num_images=count,
+            images=images,
+            views=views,
             image_ms=image_ms,
             messages=history,
             # The last sampled token is not run, so an answer needs one row less than it has tokens.
             max_new_tokens=min(max_new_tokens, self._room_after(layout) + 1),
         )
 
+    def _tokens_of(self, images: list[np.ndarray] | VisualTokens, views: tuple[View, ...]) -> int | list[int]:
+        """Visual tokens of every image that enter the decoder, or, where images differ, of each."""
+        schedule, vision = self.manifest.schedule, self.manifest.model.vision
+        if not vision.grids:
+            return schedule.entering(vision.tokens_per_image)
+        grids = self._positions.grids(images) if isinstance(images, VisualTokens) else [view.grid for view in views]
+        return [schedule.entering(rows * columns) for rows, columns in grids]
+
     def _room_after(self, layout: Layout) -> int:
         """Rows left in the fullest stage after a prompt. Raises UserError when the prompt does not fit."""
         schedule = self.manifest.schedule
-        needed = rows_added(schedule, num_text=layout.num_text, num_visual=layout.num_visual)
+        needed = rows_added(
+            schedule, num_text=layout.num_text, num_visual=layout.num_visual, images=layout.visual_images
+        )
         capacity = np.asarray(self.manifest.cache_rows)
         left = capacity - self.backend.lengths
         if (needed > left).any():
@@ -254,12 +287,12 @@ class Session:
         number = self._turns
         layout = turn.layout
         start = time.perf_counter()
-        visual = self.backend.encode(turn.images) if isinstance(turn.images, np.ndarray) else turn.images
+        visual = turn.images if isinstance(turn.images, VisualTokens) else self._encode(turn.images)
         vision_ms = _ms_since(start)
         start = time.perf_counter()
         outputs = self._step(layout, visual)
         prefill_ms = _ms_since(start)
-        self._images += turn.num_images
+        self._shift += self._positions.shift(visual)
         reply = messages.assistant_message("")
         self._messages = (*turn.messages, reply)
         self._pending = None
@@ -314,6 +347,7 @@ class Session:
             prompt_tokens=layout.num_text,
             visual_tokens=layout.num_visual,
             timings=timings,
+            views=turn.views,
         )
 
     def _decode(self, token: int) -> StepOutputs:
@@ -324,7 +358,7 @@ class Session:
 
     def _step(self, layout: Layout, visual: VisualTokens | None) -> StepOutputs:
         lengths = self.backend.lengths
-        return self.backend.step(self._positions.inputs(layout, visual, lengths, images_before=self._images))
+        return self.backend.step(self._positions.inputs(layout, visual, lengths, shift=self._shift))
 
 
 def _as_list(image: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:

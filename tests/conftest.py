@@ -28,6 +28,7 @@ class TinyLlava:
     vision_layers: int = 3
     tied: bool = False
     attention_bias: bool = False
+    text: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     feature_layer: int | tuple[int, ...] = -2
     strategy: Literal["default", "full"] = "default"
     seed: int = 0
@@ -37,11 +38,22 @@ class TinyLlava:
 def make_llava(folder: Path, size: TinyLlava | None = None) -> Path:
     """Write a random LLaVA checkpoint in the real format, with the demo model's tokenizer and chat template."""
     import torch
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
     from transformers import LlavaForConditionalGeneration as Llava
 
     size = size or TinyLlava()
-    text = LlamaConfig(
+    kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    own = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 24}}
+    text = kinds[size.text](
+        **own[size.text],
         vocab_size=176,
         hidden_size=size.hidden,
         intermediate_size=2 * size.hidden,

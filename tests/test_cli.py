@@ -326,7 +326,7 @@ class FakeSession:
 
 class FakeStream:
     def __init__(self, pieces: list[str]) -> None:
-        self.answer = SimpleNamespace(text="".join(pieces))
+        self.answer = SimpleNamespace(text="".join(pieces), views=())
         self._pieces = iter(pieces)
 
     def __iter__(self) -> FakeStream:

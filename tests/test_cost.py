@@ -12,19 +12,18 @@ from hypothesis import strategies as st
 from reroute.cost import (
     Plan,
     attention_flops,
-    extra_tower_parameters,
     kv_bytes_per_row,
     linear_flops,
     measure,
     plan_for,
     resolve,
-    vision_flops,
 )
 from reroute.errors import UserError
 from reroute.export import read_model
 from reroute.manifest import Capacity, TextModel, VisionModel
 from reroute.routing import RoutingSpec
 from reroute.schedule import Schedule
+from reroute.tower_cost import extra_tower_parameters, vision_flops
 from tests.model_descriptions import CLIP_L_336, LLAVA_7B_TEXT, model_of
 
 TINY = TextModel(

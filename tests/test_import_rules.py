@@ -22,7 +22,19 @@ FORBIDDEN = {
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "safetensors", "polygraphy"}
 # Modules that the stages share: the standard library, and each other.
-SHARED = ("__init__", "boxes", "cost", "errors", "folders", "manifest", "published", "routing", "schedule", "solver")
+SHARED = (
+    "__init__",
+    "boxes",
+    "cost",
+    "errors",
+    "folders",
+    "manifest",
+    "published",
+    "routing",
+    "schedule",
+    "solver",
+    "tower_cost",
+)
 
 
 def is_type_checking(node: ast.AST) -> bool:

@@ -1,5 +1,7 @@
-"""The supported model families: one file each, one line here. A family says how to read a config and how to build the
-modules that are traced; it never appears by name in the decoder, the engines or the runtime.
+"""The supported model families: a file each, one entry here, and what the Qwen-VL models share in `qwen_vl`.
+
+A family says how to read a config and how to build the modules that are traced; it never appears by name in the
+decoder, the engines or the runtime. `docs/adding-a-model.md` goes through the steps.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import nn
 from reroute.errors import UserError, nearest
 from reroute.export.checkpoint import Checkpoint
 from reroute.export.decoder import RoutedDecoder
-from reroute.export.models import llava
+from reroute.export.models import llava, qwen2_5_vl, qwen2_vl, qwen3_vl
 from reroute.manifest import Model
 from reroute.schedule import Schedule
 
@@ -24,8 +26,10 @@ class Family:
     Attributes:
         read: checks a checkpoint against its config and describes it. Raises UserError.
         build_decoder: the routed decoder with its weights.
-        build_vision: pixel values [M, 3, H, W] to visual embeddings [M, N, D], with its weights; where the schedule
-            prunes in the tower, also the places on the grid of those left, int64 [M, N].
+        build_vision: pixel values [M, 3, H, W], of any grid of the model, to visual embeddings [M, N, D], with its
+            weights. Its attribute `outputs` names what it returns: visual_embeds, and where the schedule prunes in the
+            tower visual_places, int64 [M, N], the places on the grid of those left; for a model with deepstack
+            visual_deepstack, float [E, M, N, D].
         names: how to call the family in messages.
     """
 
@@ -41,6 +45,24 @@ FAMILIES: dict[str, Family] = {
         build_decoder=llava.build_decoder,
         build_vision=llava.build_vision,
         names="LLaVA-1.5 with a Llama text model and a CLIP tower",
+    ),
+    "qwen2_vl": Family(
+        read=qwen2_vl.read,
+        build_decoder=qwen2_vl.build_decoder,
+        build_vision=qwen2_vl.build_vision,
+        names="Qwen2-VL",
+    ),
+    "qwen2_5_vl": Family(
+        read=qwen2_5_vl.read,
+        build_decoder=qwen2_5_vl.build_decoder,
+        build_vision=qwen2_5_vl.build_vision,
+        names="Qwen2.5-VL",
+    ),
+    "qwen3_vl": Family(
+        read=qwen3_vl.read,
+        build_decoder=qwen3_vl.build_decoder,
+        build_vision=qwen3_vl.build_vision,
+        names="Qwen3-VL",
     ),
 }
 

@@ -1,35 +1,21 @@
-"""LLaVA-1.5 (arXiv 2310.03744): CLIP tower, two-layer projector, Llama text model (MHA or GQA)."""
+"""LLaVA-1.5 (arXiv 2310.03744): CLIP tower, two-layer projector, a text model of the Llama family (MHA or GQA)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from reroute.errors import UserError, nearest
-from reroute.export import nuwa
+from reroute.export import llama, nuwa
 from reroute.export.checkpoint import Checkpoint, read_json
 from reroute.export.decoder import RoutedDecoder
-from reroute.manifest import ImageProcessing, Model, TextModel, Tokens, VisionModel
+from reroute.manifest import ImageProcessing, Model, VisionModel
 from reroute.schedule import Schedule
-
-# Our parameter -> the checkpoint's tensor, for one decoder layer. Linear weights are stored transposed, [in, out].
-_LAYER_NAMES = {
-    "input_norm": "input_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "post_norm": "post_attention_layernorm",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
 
 
 def parse_config(checkpoint: Checkpoint) -> Any:
@@ -41,15 +27,16 @@ def parse_config(checkpoint: Checkpoint) -> Any:
         config: Any = LlavaConfig.from_dict(checkpoint.config)
     except Exception as error:  # transformers raises many types for a bad config; all are the user's to mend
         raise UserError(f"config.json is not a valid LLaVA config: {error}", hint="copy config.json again") from error
-    if quantization := checkpoint.config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UserError(
-            f"the weights are quantized ({method})", hint="supported: checkpoints of float32, float16 or bfloat16"
-        )
+    llama.refuse_quantized(checkpoint)
     text, vision = config.text_config, config.vision_config
     rope = dict(text.rope_parameters or {})
+    if text.model_type not in llama.TEXT_MODELS:
+        raise UserError(
+            f"the text model {text.model_type!r} is not supported in a LLaVA model",
+            hint=f"supported: {', '.join(llama.TEXT_MODELS)}",
+        )
     for what, value, supported in (
-        ("text model", text.model_type, "llama"),
+        ("sliding window", llama.window_of(text), None),
         ("text activation", text.hidden_act, "silu"),
         ("vision tower", vision.model_type, "clip_vision_model"),
         ("rotary type", rope.get("rope_type", "default"), "default"),
@@ -72,7 +59,8 @@ def parse_config(checkpoint: Checkpoint) -> Any:
 def read(checkpoint: Checkpoint) -> Model:
     """Check config, tensors' names and shapes, tokenizer and processor, and describe the model."""
     config = parse_config(checkpoint)
-    text, vision = text_model(config, tied=ties(checkpoint, config)), vision_model(config)
+    qk_norm = config.text_config.model_type == "qwen3"
+    text, vision = llama.text_model(checkpoint, config, qk_norm=qk_norm), vision_model(config)
     image = image_processing(checkpoint)
     if (image.crop_height, image.crop_width) != (vision.image_size, vision.image_size):
         raise UserError(
@@ -80,8 +68,7 @@ def read(checkpoint: Checkpoint) -> Model:
             f"{vision.image_size} x {vision.image_size}",
             hint="preprocessor_config.json and config.json do not match",
         )
-    for name, shape in decoder_shapes(config, text).items():
-        checkpoint.require(name, shape)
+    llama.require(checkpoint, text, llama.biases(config.text_config))
     with torch.device("meta"):
         tower = VisionTower(config)
     for name, tensor in tower.state_dict().items():
@@ -92,37 +79,19 @@ def read(checkpoint: Checkpoint) -> Model:
         text=text,
         vision=vision,
         image=image,
-        tokens=tokens(checkpoint, config),
+        tokens=llama.tokens(checkpoint, config),
         num_parameters={
-            "decoder": checkpoint.count("language_model.") + checkpoint.count("lm_head."),
+            "decoder": llama.count_parameters(checkpoint),
             "vision": vision_parameters,
         },
         checkpoint_sha256=checkpoint.sha256,
     )
 
 
-def ties(checkpoint: Checkpoint, config: Any) -> bool:
-    """Whether lm_head is the embedding. As in transformers, an lm_head of its own in the weights is the last word."""
-    wanted = config.tie_word_embeddings or config.text_config.tie_word_embeddings
-    return bool(wanted) and "lm_head.weight" not in checkpoint.entries
-
-
-def text_model(config: Any, *, tied: bool) -> TextModel:
-    """Shape of the decoder."""
-    text = config.text_config
-    return TextModel(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_heads=text.num_attention_heads,
-        num_kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
-        vocab_size=text.vocab_size,
-        rms_norm_eps=text.rms_norm_eps,
-        rope_theta=float(text.rope_parameters["rope_theta"]),
-        max_position_embeddings=text.max_position_embeddings,
-        tie_word_embeddings=tied,
-    )
+def build_decoder(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> RoutedDecoder:
+    """The routed decoder with its weights."""
+    biased = llama.biases(parse_config(checkpoint).text_config)
+    return llama.build_decoder(checkpoint, model.text, schedule, biased)
 
 
 def vision_model(config: Any) -> VisionModel:
@@ -156,36 +125,6 @@ def feature_layers(config: Any) -> list[int]:
     return [layer % count for layer in layers]
 
 
-def decoder_shapes(config: Any, text: TextModel) -> dict[str, tuple[int, ...]]:
-    """Canonical names and shapes of all decoder tensors that the config implies."""
-    q, kv = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    size, inner = text.hidden_size, text.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "language_model.embed_tokens.weight": (text.vocab_size, size),
-        "language_model.norm.weight": (size,),
-    }
-    if not text.tie_word_embeddings:
-        shapes["lm_head.weight"] = (text.vocab_size, size)
-    linear = {
-        "self_attn.q_proj": (q, size),
-        "self_attn.k_proj": (kv, size),
-        "self_attn.v_proj": (kv, size),
-        "self_attn.o_proj": (size, q),
-        "mlp.gate_proj": (inner, size),
-        "mlp.up_proj": (inner, size),
-        "mlp.down_proj": (size, inner),
-    }
-    for layer in range(text.num_layers):
-        start = f"language_model.layers.{layer}."
-        shapes |= {f"{start}{norm}.weight": (size,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        for name, shape in linear.items():
-            shapes[f"{start}{name}.weight"] = shape
-            biased = config.text_config.mlp_bias if name.startswith("mlp") else config.text_config.attention_bias
-            if biased:
-                shapes[f"{start}{name}.bias"] = shape[:1]
-    return shapes
-
-
 def image_processing(checkpoint: Checkpoint) -> ImageProcessing:
     """Constants of the CLIP image processor. Raises UserError for steps that the runtime does not have."""
     data = read_json(checkpoint.folder, "preprocessor_config.json")
@@ -217,7 +156,7 @@ def _clip_constants(data: dict[str, Any]) -> ImageProcessing:
     if edge is None:
         raise UserError(f"the image processor resizes to {size}", hint="supported: shortest_edge")
     height, width = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
-    mean, std = _three(data, "image_mean"), _three(data, "image_std")
+    mean, std = llama.three(data, "image_mean"), llama.three(data, "image_std")
     return ImageProcessing(
         shortest_edge=int(edge),
         crop_height=int(height),
@@ -229,81 +168,10 @@ def _clip_constants(data: dict[str, Any]) -> ImageProcessing:
     )
 
 
-def _three(data: dict[str, Any], key: str) -> tuple[float, float, float]:
-    values = data[key]
-    if len(values) != 3:
-        raise ValueError(f"{key} is {values}, not three numbers")
-    return float(values[0]), float(values[1]), float(values[2])
-
-
-def tokens(checkpoint: Checkpoint, config: Any) -> Tokens:
-    """Special tokens from config, generation config and tokenizer files."""
-    path = checkpoint.folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(
-            f"{checkpoint.folder} holds no tokenizer.json",
-            hint="write it once: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise UserError(f"cannot read tokenizer.json: {error}", hint="the file is damaged: copy it again") from error
-    image_token = tokenizer.id_to_token(config.image_token_id)
-    if image_token is None:
-        raise UserError(
-            f"the tokenizer has no token {config.image_token_id}, config.json's image token",
-            hint="tokenizer.json and config.json do not match",
-        )
-    settings = read_json(checkpoint.folder, "tokenizer_config.json")
-    generation = read_json(checkpoint.folder, "generation_config.json")
-    eos: Any = generation.get("eos_token_id", config.text_config.eos_token_id)
-    if eos is None:
-        raise UserError(
-            "neither generation_config.json nor config.json names an end token",
-            hint="set eos_token_id: without it no answer would end",
-        )
-    eos_ids = tuple(eos) if isinstance(eos, list) else (int(eos),)
-    return Tokens(
-        image_token=image_token,
-        image_token_id=config.image_token_id,
-        bos_token=_token_text(settings.get("bos_token")),
-        eos_token=_token_text(settings.get("eos_token")),
-        eos_token_ids=eos_ids,
-    )
-
-
-def _token_text(value: Any) -> str:
-    """Tokenizer configs hold a token as a string, as {"content": ...}, or not at all."""
-    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
-
-
-def build_decoder(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> RoutedDecoder:
-    """The routed decoder with fp32 weights, transposed to [in, out]."""
-    config = parse_config(checkpoint).text_config
-    with torch.device("meta"):
-        decoder = RoutedDecoder(model.text, schedule, attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
-    state: dict[str, Tensor] = {}
-    for name in decoder.state_dict():
-        source = decoder_source(name, tied=model.text.tie_word_embeddings)
-        tensor = checkpoint.load(source, torch.float32)
-        is_linear = name.endswith("_proj.weight") or name == "lm_head.weight"
-        state[name] = tensor.T.contiguous() if is_linear else tensor
-    decoder.load_state_dict(state, assign=True)
-    return decoder.eval()
-
-
-def decoder_source(name: str, *, tied: bool) -> str:
-    """Canonical checkpoint name of a parameter of `RoutedDecoder`."""
-    if name == "embed" or (tied and name == "lm_head.weight"):
-        return "language_model.embed_tokens.weight"
-    if not name.startswith("layers."):
-        return name if name.startswith("lm_head") else f"language_model.{name}"
-    _, layer, part, leaf = name.split(".")
-    return f"language_model.layers.{layer}.{_LAYER_NAMES[part]}.{leaf}"
-
-
 class VisionTower(nn.Module):
     """The checkpoint's own CLIP tower up to the last feature layer, and its projector."""
+
+    outputs: tuple[str, ...] = ("visual_embeds",)
 
     def __init__(self, config: Any, depth: int | None = None) -> None:
         super().__init__()
@@ -334,6 +202,8 @@ class VisionTower(nn.Module):
 
 class NuwaTower(VisionTower):
     """The whole tower with Nüwa's first stage before the projector, see `reroute.export.nuwa`."""
+
+    outputs = ("visual_embeds", "visual_places")
 
     def __init__(self, config: Any, keep: int) -> None:
         super().__init__(config, depth=config.vision_config.num_hidden_layers)

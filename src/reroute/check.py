@@ -26,7 +26,7 @@ from reroute.manifest import Manifest
 from reroute.runtime.backend import Backend, BackendOptions, open_backend
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import Layout, StepInputs, lay_out
-from reroute.runtime.positions import Positions
+from reroute.runtime.positions import Positions, VisualTokens
 from reroute.scenario import Arrays, Scenario
 
 COSINE = 0.9999
@@ -168,13 +168,14 @@ def live_reference(bundle: Bundle, checkpoint: Path, *, image: Path | None, prom
 def scenario_of(bundle: Bundle, *, image: Path | None, prompt: str | None, tokens: int) -> Scenario:
     """The probe, with the user's own image and prompt in its place where given. Raises UserError."""
     from reroute.runtime.chat import user_message
-    from reroute.runtime.image import open_image, preprocess
+    from reroute.runtime.image import grid_of, open_image, preprocess
 
     model = bundle.manifest.model
     probe = scenarios.probe(model, num_tokens=tokens)
     pixels, ids = probe.pixel_values, probe.prompt_ids
     if image is not None:
-        pixels = preprocess(open_image(image), model.image)[None]
+        opened = open_image(image)
+        pixels = preprocess(opened, model.image, grid_of(opened, model))[None]
     if prompt is not None:
         if not prompt.strip():
             raise UserError("the prompt is empty", hint="leave --prompt away to use the recorded words")
@@ -190,13 +191,15 @@ def check_fits(inputs: Scenario, manifest: Manifest) -> Layout:
     Raises:
         UserError: the scenario is longer than the bundle's sessions, or has not one image.
     """
-    tokens = manifest.model.tokens
+    tokens, model = manifest.model.tokens, manifest.model
+    rows, columns = model.grid_of(*inputs.pixel_values.shape[2:])
+    made = rows * columns if model.vision.grids else model.vision.tokens_per_image
     layout = lay_out(
         inputs.prompt_ids.tolist(),
         image_token=tokens.image_token,
         image_token_id=tokens.image_token_id,
         num_images=1,
-        tokens_per_image=manifest.schedule.entering(manifest.model.vision.tokens_per_image),
+        tokens_per_image=manifest.schedule.entering(made),
     )
     # The last token of the answer is run with the later turn.
     needed = layout.num_text + inputs.num_tokens + len(inputs.turn_ids)
@@ -216,12 +219,14 @@ def replay(backend: Backend, manifest: Manifest, expected: Arrays) -> Arrays:
     positions = Positions(manifest)
     backend.reset()
     visual = backend.encode(inputs.pixel_values)
-    measured: Arrays = {"visual_embeds": visual.embeds}
-    if visual.places is not None:
-        measured["visual_places"] = visual.places
+    measured = _features(visual)
+    for (rows, columns), pixel_values in inputs.other_pixels.items():
+        other = _features(backend.encode(pixel_values))
+        measured |= {f"{rows}x{columns}.{name}": array for name, array in other.items()}
+    shift = positions.shift(visual)
 
     def text(ids: Sequence[int]) -> StepInputs:
-        return positions.inputs(Layout.of_text(ids), None, backend.lengths, images_before=1)
+        return positions.inputs(Layout.of_text(ids), None, backend.lengths, shift=shift)
 
     # The engine's own vision features go in, so that the whole chain is what is compared.
     outputs = backend.step(positions.inputs(prompt, visual, backend.lengths))
@@ -241,10 +246,21 @@ def replay(backend: Backend, manifest: Manifest, expected: Arrays) -> Arrays:
     return measured
 
 
+def _features(visual: VisualTokens) -> Arrays:
+    """What the vision graph made, by the reference's names."""
+    made = {"embeds": visual.embeds, "places": visual.places, "deepstack": visual.deepstack}
+    return {f"visual_{name}": array for name, array in made.items() if array is not None}
+
+
 def compare(manifest: Manifest, expected: Arrays, measured: Arrays) -> list[CheckRow]:
     """All gates of a replay."""
     gates = GATES[manifest.dtype]
-    rows = [_close("vision", "features", ["visual_embeds"], expected, measured, gates)]
+    floats = [name for name in ("visual_embeds", "visual_deepstack") if name in expected]
+    rows = [_close("vision", "features", floats, expected, measured, gates)]
+    for high, wide in manifest.model.vision.grids:
+        others = [f"{high}x{wide}.{name}" for name in floats]
+        if others[0] in expected:
+            rows.append(_close("vision", f"features of {high} x {wide}", others, expected, measured, gates))
     if manifest.schedule.nuwa is not None:
         rows.append(_places(expected["visual_places"], measured["visual_places"]))
     tied = False

@@ -27,6 +27,10 @@ example:
 _PICTURE_HELP = (
     "draw where the last image's tokens ran: .png is one picture, .html a page that steps through the stages"
 )
+_GRIDS_HELP = (
+    "for models whose images differ in shape: rows and columns of visual tokens, a graph for each (default: five "
+    "shapes of at most 576 tokens)"
+)
 _ROUTING_HELP = (
     "dense, METHOD:avg=A, ACTION@LAYERS:keep=K,K,..., ACTION@LAYERS:avg=A, published:NAME, or a .toml file; see below"
 )
@@ -94,6 +98,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--routing", required=True, metavar="SPEC", help=_ROUTING_HELP)
     parser.add_argument("--max-text", type=positive, default=512, help="text tokens of a whole dialogue (default 512)")
     parser.add_argument("--max-images", type=positive, default=2, help="images of a whole dialogue (default 2)")
+    parser.add_argument("--grids", metavar="RxC,...", help=_GRIDS_HELP)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace the output directory")
     _json(parser)

@@ -31,11 +31,13 @@ def export(args: argparse.Namespace) -> int:
         raise UserError("export needs -o DIR", hint="or --dry-run, which writes nothing")
     spec = RoutingSpec.parse(args.routing)
     from reroute.export import check_capacity, export_checkpoint, read_model
+    from reroute.export.grids import parse_grids
 
+    grids = parse_grids(args.grids) if args.grids is not None else ()
     if output is not None:
         check_output(output, force=args.force)
     capacity = Capacity(max_text=args.max_text, max_images=args.max_images)
-    model = read_model(args.checkpoint)
+    model = read_model(args.checkpoint, grids)
     check_capacity(capacity, model)
     plan = make_plan(model, spec, capacity)
     result: dict[str, Any] = {"routing": spec.text, "plan": plan.to_dict()}
@@ -48,6 +50,7 @@ def export(args: argparse.Namespace) -> int:
             output,
             routing=args.routing,
             capacity=capacity,
+            grids=grids,
             force=args.force,
             progress=progress,
         )
@@ -263,10 +266,15 @@ def _model_facts(model: Model) -> list[tuple[str, object]]:
             f"{text.num_layers} layers, width {text.hidden_size}, heads {text.num_heads}/{text.num_kv_heads}",
         ),
         ("vision tower", f"{vision.num_layers} layers, {vision.image_size} px, patch {vision.patch_size}"),
-        ("visual tokens per image", f"{vision.tokens_per_image} ({vision.grid[0]} x {vision.grid[1]})"),
+        ("visual tokens per image", "; ".join(_grid(model, rows, columns) for rows, columns in vision.all_grids)),
         ("parameters", millions),
         ("checkpoint sha256", model.checkpoint_sha256[:12]),
     ]
+
+
+def _grid(model: Model, rows: int, columns: int) -> str:
+    tokens = rows * columns if model.vision.grids else model.vision.tokens_per_image
+    return f"{tokens} ({rows} x {columns})"
 
 
 def _layers(start: int, stop: int) -> str:

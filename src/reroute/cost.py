@@ -11,8 +11,7 @@ Conventions, so that the numbers can be checked by hand:
   rows for reroute, and the rows still alive for removal. The scoring layer is the decision layer itself, or the one
   before it (`Schedule.scoring`).
 * `lm_head` runs on the last row only, for the routed and for the dense model alike.
-* The vision tower is a CLIP tower with its class token and LLaVA's two-layer projector. Nüwa's first stage adds the
-  layers behind the feature layer, the similarity of all patches and the aggregation.
+* The vision tower is counted in `reroute.tower_cost`.
 * The prompt is one step with `num_visual` visual tokens out of the tower; every budget acts as a minimum.
 
 Sources: algorithms as in Reroute, arXiv 2606.12412.
@@ -25,9 +24,10 @@ from functools import partial
 from typing import Any
 
 from reroute.errors import UserError, nearest
-from reroute.manifest import Capacity, Model, TextModel, VisionModel
+from reroute.manifest import Capacity, Grid, Model, TextModel
 from reroute.routing import RoutingSpec, Target
 from reroute.schedule import Schedule, Stage
+from reroute.tower_cost import extra_tower_parameters, vision_flops, vision_workspace_bytes
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -67,12 +67,27 @@ class StagePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridPlan:
+    """What routing does to a prompt with one image of a certain grid; see `Plan` for the figures."""
+
+    grid: Grid
+    num_visual: int
+    budgets: tuple[int, ...]
+    average_visual_tokens: float
+    decoder_ratio: float
+    kv_ratio: float
+    vision_flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What one prompt costs under a schedule, next to the dense model. Bytes and FLOPs are exact integers.
 
     `peak_bytes` is an estimate: weights + caches at capacity + workspace (see `decoder_workspace_bytes` and
     `vision_workspace_bytes`; they add up because the two graphs do not share an arena). Constants of the
     engine library and of Python are not in it.
+
+    Where images have several shapes, the figures are those of the largest, and `grids` has the others.
     """
 
     schedule: Schedule
@@ -89,6 +104,7 @@ class Plan:
     dense_cache_bytes: int
     weight_bytes: int
     workspace_bytes: int
+    grids: tuple[GridPlan, ...] = ()
 
     @property
     def decoder_flops(self) -> int:
@@ -148,6 +164,7 @@ def plan_for(
     dtype: str = "float32",
     num_text: int = 64,
     num_visual: int | None = None,
+    grid: Grid | None = None,
 ) -> Plan:
     """Cost of a prompt of `num_text` text and `num_visual` visual tokens (default: one image).
 
@@ -158,6 +175,7 @@ def plan_for(
         dtype: dtype of weights, activations and caches.
         num_text: text rows of the prompt, at least 1.
         num_visual: visual rows of the prompt; 0 is a text-only prompt.
+        grid: of the images; default: the model's first, and then the plan has a line for each of the model's grids.
 
     Raises:
         UserError: an unknown dtype, a schedule of another depth, or an empty prompt.
@@ -170,7 +188,10 @@ def plan_for(
             f"the schedule covers {schedule.num_layers} layers, the decoder has {text.num_layers}",
             hint="resolve the routing spec for this model",
         )
-    num_visual = vision.tokens_per_image if num_visual is None else num_visual
+    shape = grid or vision.grid
+    per_image = shape[0] * shape[1] if vision.grids else vision.tokens_per_image
+    several = vision.grids if grid is None and num_visual is None else ()
+    num_visual = per_image if num_visual is None else num_visual
     if num_text < 1 or num_visual < 0:
         raise UserError(
             f"a prompt has at least 1 text token and 0 visual ones, got {num_text} and {num_visual}",
@@ -179,9 +200,11 @@ def plan_for(
     size = DTYPE_BYTES[dtype]
     row_bytes = kv_bytes_per_row(text, size)
     cache_rows = capacity.cache_rows(schedule, vision.tokens_per_image)
-    images = -(-num_visual // vision.tokens_per_image)
-    entering = min(num_visual, images * schedule.entering(vision.tokens_per_image))
-    stages = _stage_plans(text, schedule, num_text, entering, row_bytes, cache_rows)
+    images = -(-num_visual // per_image)
+    entering = min(num_visual, images * schedule.entering(per_image))
+    counts = [entering // images] * images if images and entering % images == 0 else [entering]
+    visual_rows = schedule.visual_rows(counts)
+    stages = _stage_plans(text, schedule, num_text, entering, visual_rows, row_bytes, cache_rows)
     total, layers = num_text + num_visual, text.num_layers
     lm_head = 2 * text.hidden_size * text.vocab_size
     dense_capacity = capacity.max_text + capacity.max_images * vision.tokens_per_image
@@ -190,17 +213,31 @@ def plan_for(
         schedule=schedule,
         num_text=num_text,
         num_visual=num_visual,
-        average_visual_tokens=_average(schedule, entering),
+        average_visual_tokens=_average(schedule, visual_rows),
         stages=stages,
         lm_head_flops=lm_head,
-        vision_flops=images * vision_flops(vision, text.hidden_size, schedule.nuwa),
+        vision_flops=images * vision_flops(vision, text.hidden_size, schedule.nuwa, shape),
         dense_decoder_flops=layers * (linear_flops(text, total) + attention_flops(text, total)) + lm_head,
         kv_bytes=sum(stage.kv_bytes for stage in stages),
         dense_kv_bytes=layers * total * row_bytes,
         cache_bytes=sum((stage.stop - stage.start) * stage.cache_rows * row_bytes for stage in stages),
         dense_cache_bytes=layers * dense_capacity * row_bytes,
-        weight_bytes=(sum(model.num_parameters.values()) + extra_tower_parameters(vision, schedule)) * size,
+        weight_bytes=stored_parameters(model, schedule) * size,
         workspace_bytes=workspace,
+        grids=tuple(_grid_plan(model, schedule, capacity, num_text, one) for one in several),
+    )
+
+
+def _grid_plan(model: Model, schedule: Schedule, capacity: Capacity, num_text: int, grid: Grid) -> GridPlan:
+    plan = plan_for(model, schedule, capacity, num_text=num_text, grid=grid)
+    return GridPlan(
+        grid=grid,
+        num_visual=plan.num_visual,
+        budgets=schedule.visual_rows([schedule.entering(plan.num_visual)])[1:],
+        average_visual_tokens=plan.average_visual_tokens,
+        decoder_ratio=plan.decoder_ratio,
+        kv_ratio=plan.kv_ratio,
+        vision_flops=plan.vision_flops,
     )
 
 
@@ -217,6 +254,7 @@ def resolve(spec: RoutingSpec, model: Model) -> Schedule:
         num_layers=model.text.num_layers,
         num_visual=model.vision.tokens_per_image,
         measure=partial(measure, model),
+        sizes_vary=bool(model.vision.grids),
     )
 
 
@@ -254,27 +292,10 @@ def scoring_flops(text: TextModel, candidates: int, rows: int) -> int:
     return keys + query + 2 * candidates * text.num_heads * text.head_dim
 
 
-def vision_flops(vision: VisionModel, decoder_size: int, nuwa: int | None = None) -> int:
-    """Patch embedding, encoder and two-layer projector for one image; with `nuwa` tokens after Nüwa's first stage."""
-    patches = (vision.image_size // vision.patch_size) ** 2
-    rows, size = patches + 1, vision.hidden_size
-    embedding = 2 * patches * 3 * vision.patch_size**2 * size
-    layer = 2 * rows * (4 * size * size + 2 * size * vision.intermediate_size) + 4 * rows * rows * size
-    kept = vision.tokens_per_image if nuwa is None else min(nuwa, vision.tokens_per_image)
-    projector = 2 * kept * (size * decoder_size + decoder_size * decoder_size)
-    if nuwa is None:
-        return embedding + vision.num_layers * layer + projector
-    # Similarity of all patches, the class token's query once more, and the weighted sums.
-    stage_1 = 2 * patches * patches * size + 2 * size * size + 2 * rows * size + 2 * kept * patches * size
-    return embedding + vision.depth * layer + stage_1 + projector
-
-
-def extra_tower_parameters(vision: VisionModel, schedule: Schedule) -> int:
-    """Parameters of the tower layers that only Nüwa's first stage runs: four projections, MLP, biases, two norms."""
-    if schedule.nuwa is None:
-        return 0
-    size, wide = vision.hidden_size, vision.intermediate_size
-    return (vision.depth - vision.num_layers) * (4 * size * (size + 1) + 2 * size * wide + wide + size + 4 * size)
+def stored_parameters(model: Model, schedule: Schedule) -> int:
+    """Parameters that the graphs hold. A tied embedding is there twice: rows to look up, and transposed to multiply."""
+    twice = model.text.vocab_size * model.text.hidden_size if model.text.tie_word_embeddings else 0
+    return sum(model.num_parameters.values()) + twice + extra_tower_parameters(model.vision, schedule)
 
 
 def decoder_workspace_bytes(text: TextModel, stages: tuple[StagePlan, ...], total: int, dtype_bytes: int) -> int:
@@ -294,28 +315,19 @@ def decoder_workspace_bytes(text: TextModel, stages: tuple[StagePlan, ...], tota
     return stream + max(attention, mlp) + 4 * text.vocab_size
 
 
-def vision_workspace_bytes(vision: VisionModel, dtype_bytes: int) -> int:
-    """The same for one tower layer on P + 1 rows: residual and norm, then q, k, v, output and float32
-    probabilities, or the MLP's two wide tensors.
-    """
-    rows = (vision.image_size // vision.patch_size) ** 2 + 1
-    attention = 4 * rows * vision.hidden_size * dtype_bytes + 4 * vision.num_heads * rows * rows
-    mlp = 2 * rows * vision.intermediate_size * dtype_bytes
-    return 2 * rows * vision.hidden_size * dtype_bytes + max(attention, mlp)
-
-
 def _stage_plans(
     text: TextModel,
     schedule: Schedule,
     num_text: int,
     num_visual: int,
+    visual_rows: tuple[int, ...],
     row_bytes: int,
     cache_rows: tuple[int, ...],
 ) -> tuple[StagePlan, ...]:
     alive = before = num_text + num_visual
     plans: list[StagePlan] = []
-    for stage, capacity in zip(schedule.stages, cache_rows, strict=True):
-        rows = num_text + stage.visual_rows(num_visual)
+    for stage, visual, capacity in zip(schedule.stages, visual_rows, cache_rows, strict=True):
+        rows = num_text + visual
         scored = rows if schedule.scoring == "own" else before
         plans.append(_stage_plan(text, stage, rows, alive, scored, row_bytes, capacity))
         before = rows
@@ -324,9 +336,10 @@ def _stage_plans(
     return tuple(plans)
 
 
-def _average(schedule: Schedule, num_visual: int) -> float:
-    """Visual rows per layer of a prompt of which `num_visual` visual tokens enter the decoder."""
-    return sum(stage.num_layers * stage.visual_rows(num_visual) for stage in schedule.stages) / schedule.num_layers
+def _average(schedule: Schedule, visual_rows: tuple[int, ...]) -> float:
+    """Visual rows per layer of a prompt whose stages run `visual_rows`."""
+    pairs = zip(schedule.stages, visual_rows, strict=True)
+    return sum(stage.num_layers * rows for stage, rows in pairs) / schedule.num_layers
 
 
 def _stage_plan(

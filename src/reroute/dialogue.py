@@ -141,6 +141,10 @@ def _ask(session: Session, turn: Turn, sampling: Sampling, max_new_tokens: int, 
             print(token.text, end="", flush=True)
     if echo:
         print(flush=True)
+        # Where an image was resized to one of several grids, say to which.
+        for path, view in zip(turn.images, stream.answer.views, strict=False):
+            if view.choices > 1:
+                print(f"{path.name}: {view}", file=sys.stderr)
     return stream.answer
 
 
@@ -206,6 +210,7 @@ def to_dict(reply: Reply) -> dict[str, Any]:
         "stop_reason": answer.stop_reason,
         "prompt_tokens": answer.prompt_tokens,
         "visual_tokens": answer.visual_tokens,
+        "grids": [list(view.grid) for view in answer.views],
         "routes": [len(route) for route in answer.routes],
         "timings": asdict(answer.timings),
     }

@@ -23,9 +23,41 @@ SCHEMA_VERSION = 2
 FILE_NAME = "reroute.json"
 
 
+Grid = tuple[int, int]  # rows and columns of visual tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class MRope:
+    """Rotary embedding of three positions: time, row and column (M-RoPE, arXiv 2409.12191).
+
+    `sections` says how many of the head_dim / 2 frequencies turn with each of them: one block after the other, or,
+    where `interleaved` (Qwen3-VL), in turn from the highest frequency on, and what is left over with time.
+    """
+
+    sections: tuple[int, int, int]
+    interleaved: bool = False
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """For each frequency, the position that it turns with: 0 time, 1 row, 2 column."""
+        if not self.interleaved:
+            return tuple(axis for axis, length in enumerate(self.sections) for _ in range(length))
+        axes = [0] * sum(self.sections)
+        for axis in (1, 2):
+            for index in range(axis, 3 * self.sections[axis], 3):
+                axes[index] = axis
+        return tuple(axes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """Shape of the decoder. `head_dim`, `hidden_size` and so on are the Hugging Face config's."""
+    """Shape of the decoder. `head_dim`, `hidden_size` and so on are the Hugging Face config's.
+
+    Attributes:
+        mrope: how three positions share the frequencies; None for plain rotary embeddings of one position.
+        qk_norm: whether queries and keys are normed for each head.
+        deepstack: early layers after which features of the tower are added to the visual rows (arXiv 2406.04334).
+    """
 
     num_layers: int
     hidden_size: int
@@ -38,6 +70,9 @@ class TextModel:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
+    mrope: MRope | None = None
+    qk_norm: bool = False
+    deepstack: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +81,17 @@ class VisionModel:
 
     `grid` is (rows, columns) of visual tokens, row-major from the top left; `num_layers` counts the layers
     run, `depth` those that the tower has.
+
+    Attributes:
+        grids: of a tower that takes images of several shapes, the ones it was exported for: one graph each. `grid` and
+            `tokens_per_image` are then those of the first, which has the most tokens, and `image_size` is its longer
+            side. Empty for a tower of one shape.
+        merge: patches a side that become one visual token.
+        window: visual tokens a side of an attention window; 0: all patches attend to each other.
+        full_layers: of a tower with windows, the layers without.
+        class_token: whether a class token runs with the patches.
+        gated_mlp: three matrices instead of two.
+        mergers: two-layer maps from `merge` x `merge` patches to the decoder's width; 0: LLaVA's projector.
     """
 
     image_size: int
@@ -57,6 +103,18 @@ class VisionModel:
     num_heads: int
     num_layers: int
     depth: int
+    grids: tuple[Grid, ...] = ()
+    merge: int = 1
+    window: int = 0
+    full_layers: int = 0
+    class_token: bool = True
+    gated_mlp: bool = False
+    mergers: int = 0
+
+    @property
+    def all_grids(self) -> tuple[Grid, ...]:
+        """Every grid that an image can have."""
+        return self.grids or (self.grid,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +133,22 @@ class ImageProcessing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridProcessing:
+    """Constants of an image processor that keeps an image's shape (Qwen-VL): resize to whole visual tokens of `cell` x
+    `cell` pixels, between `min_pixels` and `max_pixels`, rescale, normalise. The runtime resizes to the nearest of the
+    grids that the tower was exported for.
+    """
+
+    cell: int
+    min_pixels: int
+    max_pixels: int
+    resample: int
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tokens:
     """Special tokens. `image_token` is the placeholder that the chat template writes once for each image."""
 
@@ -85,6 +159,11 @@ class Tokens:
     eos_token_ids: tuple[int, ...]
 
 
+# How a model writes boxes. shares: of the image's sides, as four decimals or hundredths; pixels: of the resized image;
+# thousandths: of its sides.
+Boxes = Literal["shares", "pixels", "thousandths"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The model's description, everything that does not depend on the routing."""
@@ -92,10 +171,30 @@ class Model:
     model_type: str
     text: TextModel
     vision: VisionModel
-    image: ImageProcessing
+    image: ImageProcessing | GridProcessing
     tokens: Tokens
     num_parameters: dict[str, int]
     checkpoint_sha256: str
+    boxes: Boxes = "shares"
+
+    def pixels(self, grid: Grid) -> tuple[int, int]:
+        """(height, width) of the pixel values of an image with `grid` visual tokens."""
+        if isinstance(self.image, ImageProcessing):
+            return self.image.crop_height, self.image.crop_width
+        return grid[0] * self.image.cell, grid[1] * self.image.cell
+
+    def grid_of(self, height: int, width: int) -> Grid:
+        """The grid of pixel values of this size. Raises KeyError for a size without one."""
+        return {self.pixels(grid): grid for grid in self.vision.all_grids}[height, width]
+
+    def vision_part(self, grid: Grid) -> str:
+        """Name of the part that encodes images of `grid`: `vision`, or one for each grid."""
+        return f"vision.{grid[0]}x{grid[1]}" if self.vision.grids else "vision"
+
+    @property
+    def vision_parts(self) -> tuple[str, ...]:
+        """The parts of all grids."""
+        return tuple(self.vision_part(grid) for grid in self.vision.all_grids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +207,14 @@ class Capacity:
     def cache_rows(self, schedule: Schedule, tokens_per_image: int) -> tuple[int, ...]:
         """Rows of the KV cache of each stage: `max_text` plus the visual rows that `max_images` can add."""
         entering = schedule.entering(tokens_per_image)
-        per_image = (stage.visual_rows(entering) for stage in schedule.stages)
-        return tuple(self.max_text + self.max_images * rows for rows in per_image)
+        rows = [self.max_images * stage.visual_rows(entering) for stage in schedule.stages]
+        if schedule.pool == "all":
+            # The share of several images together can be a token more for each than their shares one by one.
+            rows = [
+                count + (self.max_images - 1) * (stage.share is not None)
+                for count, stage in zip(rows, schedule.stages, strict=True)
+            ]
+        return tuple(self.max_text + count for count in rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +313,7 @@ class Manifest:
         schedule: the spec resolved to stages.
         average_visual_tokens: measured from the schedule for one image, per layer.
         capacity: fixed sizes of a session; `cache_rows` follows from it.
-        parts: "decoder" and "vision".
+        parts: "decoder" and "vision", or one "vision.RxC" for each grid (`Model.vision_part`).
         files: every file of the folder but the manifest, by relative name.
         estimates: bytes and FLOPs of the plan (see `reroute.cost`).
         versions: of everything that wrote or lowered the graphs.
@@ -324,6 +429,9 @@ def decode(kind: Any, data: Any, *, where: str) -> Any:
         if data is None and type(None) in args:
             return None
         members = [member for member in args if member is not type(None)]
+        if isinstance(data, dict) and all(map(dataclasses.is_dataclass, members)):
+            # Last the one that is meant, by its keys: its message is the one to show.
+            members.sort(key=lambda member: len(data.keys() & {f.name for f in dataclasses.fields(member)}))
         for member in members[:-1]:
             with contextlib.suppress(UserError):
                 return decode(member, data, where=where)

@@ -107,6 +107,9 @@ def print_plan(plan: Plan, routing: str, stream: TextIO) -> None:
     prompt = f"{plan.num_visual} visual + {plan.num_text} text tokens"
     _title(out, f"plan for {routing}, one prompt of {prompt}")
     out.print(table(columns, rows))
+    if plan.grids:
+        columns = ("image", "visual", "kept", "average", "decoder of dense", "KV of dense", "vision tower")
+        out.print(table(columns, _grid_rows(plan)))
     out.print(
         pairs(
             [
@@ -124,6 +127,21 @@ def print_plan(plan: Plan, routing: str, stream: TextIO) -> None:
             ]
         )
     )
+
+
+def _grid_rows(plan: Plan) -> list[tuple[object, ...]]:
+    return [
+        (
+            f"{one.grid[0]} x {one.grid[1]}",
+            one.num_visual,
+            ", ".join(map(str, one.budgets)) or "all",
+            f"{one.average_visual_tokens:.1f}",
+            f"{one.decoder_ratio:.3f}",
+            f"{one.kv_ratio:.3f}",
+            format_flops(one.vision_flops),
+        )
+        for one in plan.grids
+    ]
 
 
 def print_check(report: Any, stream: TextIO) -> None:

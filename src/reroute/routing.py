@@ -10,6 +10,7 @@
     removal@3:keep=.25:score=previous               scored by the attention of the layer before (FastV's code)
     removal@8,16,24:keep=.5,.25,.125:positions=renumbered   positions counted anew (PyramidDrop's code)
     removal@16:nuwa=112:keep=16:score=previous      Nüwa: 112 tokens leave the vision tower, 16 the decision
+    reroute@2,7,15,23:avg=1/9:pool=image            several images in a prompt: a budget for each; `all`: one for all
     reroute-pdrop:avg=1/9                           a method by name, its layers scaled to the model's depth
     published:llava15/avg64/reroute-pdrop           the ratios printed in the paper, under the paper's name
 
@@ -17,6 +18,9 @@ The same in TOML, as `[routing]` with one key per option; `action`, `method` or 
 published schedules are in `reroute.published`, the shapes in `reroute.solver`.
 
 FLOPs and KV bytes are those of the plan: one image and 64 text tokens (see `reroute.cost`).
+
+Where a model's images differ in size, budgets in tokens are the same for all of them and act as min(K, N); shares, also
+those of a target, are of the visual tokens that a prompt has. Budgets are solved for the largest image.
 """
 
 from __future__ import annotations
@@ -32,14 +36,14 @@ from typing import Any, Literal, get_args
 
 from reroute.errors import UserError, nearest
 from reroute.published import METHODS, PUBLISHED
-from reroute.schedule import Action, Positions, Schedule, Scoring, Stage
+from reroute.schedule import Action, Pool, Positions, Schedule, Scoring, Stage
 from reroute.solver import NUWA_RATIO, Shape, solve
 
 Target = Literal["avg", "flops", "kv"]
 # (cost of a schedule, cost of the dense decoder) in the unit of a target; see `reroute.cost.measure`.
 Measure = Callable[[Target, Schedule], tuple[int, int]]
 
-_KEYS = ("keep", *get_args(Target), "shape", "score", "positions", "nuwa")
+_KEYS = ("keep", *get_args(Target), "shape", "score", "positions", "nuwa", "pool")
 _GRAMMAR = "ACTION@LAYERS:keep=K,K,... or ACTION@LAYERS:avg=A[:shape=S], for example reroute@2,7,15,23:avg=1/9"
 _UNITS: dict[str, dict[str, int]] = {
     "flops": {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
@@ -65,6 +69,7 @@ class RoutingSpec:
         score: see `Schedule.scoring`.
         positions: see `Schedule.positions`.
         nuwa: tokens that leave the vision tower, "auto" for 7 times the first budget, None for all.
+        pool: see `Schedule.pool`.
         method: name in `METHODS` whose layers to scale, or empty.
     """
 
@@ -78,6 +83,7 @@ class RoutingSpec:
     score: Scoring = "own"
     positions: Positions = "original"
     nuwa: int | Fraction | Literal["auto"] | None = None
+    pool: Pool = "all"
     method: str = ""
 
     @classmethod
@@ -133,13 +139,16 @@ class RoutingSpec:
             )
         return cls(text=text, **options)
 
-    def resolve(self, *, num_layers: int, num_visual: int, measure: Measure | None = None) -> Schedule:
+    def resolve(
+        self, *, num_layers: int, num_visual: int, measure: Measure | None = None, sizes_vary: bool = False
+    ) -> Schedule:
         """Integer budgets for a decoder of `num_layers` layers and `num_visual` visual tokens per image.
 
         Args:
             num_layers: decoder layers.
-            num_visual: visual tokens that the tower makes of one image.
+            num_visual: visual tokens that the tower makes of one image, the largest where they differ.
             measure: for targets in FLOPs and KV bytes, which depend on the model; see `reroute.cost.resolve`.
+            sizes_vary: images differ in size: shares follow the visual tokens of a prompt.
 
         Raises:
             UserError: a layer that does not exist, budgets that do not match the layers, exceed the
@@ -171,13 +180,30 @@ class RoutingSpec:
             lead = _tokens(self.nuwa, num_visual) if isinstance(self.nuwa, (int, Fraction)) else None
             budgets = [_tokens(keep, num_visual) for keep in self.keep]
         self._validate(layers, budgets, lead, num_visual)
-        return self._schedule(layers, budgets, num_layers, lead)
+        shares = self._shares(budgets, num_visual) if sizes_vary else None
+        return self._schedule(layers, budgets, num_layers, lead, shares)
 
-    def _schedule(self, layers: tuple[int, ...], budgets: list[int], num_layers: int, lead: int | None) -> Schedule:
-        edges = [0, *layers, num_layers]
-        stages = (Stage(start=a, stop=b, keep=k) for a, b, k in zip(edges, edges[1:], [None, *budgets], strict=False))
+    def _shares(self, budgets: list[int], num_visual: int) -> list[tuple[int, int] | None]:
+        """The budgets that were given as shares, or solved for one, as shares; None for those in tokens."""
+        if self.target is not None:
+            return [(k, num_visual) if isinstance(self.amount, Fraction) else None for k in budgets]
+        return [(k.numerator, k.denominator) if isinstance(k, Fraction) else None for k in self.keep]
+
+    def _schedule(
+        self,
+        layers: tuple[int, ...],
+        budgets: list[int],
+        num_layers: int,
+        lead: int | None,
+        shares: list[tuple[int, int] | None] | None = None,
+    ) -> Schedule:
+        edges, keeps = [0, *layers, num_layers], [None, *budgets]
+        stages = tuple(
+            Stage(start=a, stop=b, keep=k, share=share)
+            for a, b, k, share in zip(edges, edges[1:], keeps, [None, *(shares or [None] * len(budgets))], strict=False)
+        )
         return Schedule(
-            action=self.action, stages=tuple(stages), scoring=self.score, positions=self.positions, nuwa=lead
+            action=self.action, stages=stages, scoring=self.score, positions=self.positions, nuwa=lead, pool=self.pool
         )
 
     def _validate(self, layers: tuple[int, ...], budgets: list[int], lead: int | None, num_visual: int) -> None:
@@ -302,7 +328,9 @@ def _fields(fields: list[str] | tuple[str, ...], text: str) -> dict[str, str]:
 
 def _option(key: str, value: str, text: str) -> dict[str, Any]:
     """One field of a spec as arguments of `RoutingSpec`."""
-    choices = {"shape": get_args(Shape), "score": get_args(Scoring), "positions": get_args(Positions)}
+    choices = {
+        "shape": get_args(Shape), "score": get_args(Scoring), "positions": get_args(Positions), "pool": get_args(Pool),
+    }  # fmt: skip
     if key in choices:
         if value not in choices[key]:
             raise UserError(f"unknown {key} {value!r} in {text!r}", hint=nearest(value, choices[key]))

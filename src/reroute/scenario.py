@@ -9,8 +9,11 @@ so that a reference travels with an export as one `.npz` file and is read withou
 | in.prompt_ids | int64 [P] | the prompt's token ids, the image as one placeholder |
 | in.turn_ids | int64 [P2] | token ids of the later turn |
 | in.num_tokens | int64 [] | greedy tokens after the prompt |
+| in.pixel_values.{R}x{C} | float32 [1, 3, H, W] | an image for each other grid that the model has |
 | visual_embeds | float32 [1, N, D] | vision features |
 | visual_places | int64 [1, N] | where the vision graph drops tokens (Nüwa): places on the grid of those left |
+| visual_deepstack | float32 [E, 1, N, D] | what is added after the first decoder layers, for models that have it |
+| {R}x{C}.visual_embeds, ... | float32 [1, N, D] | the same for the images of the other grids |
 | prompt.logits | float32 [1, V] | last row of the prompt |
 | routes.{s} | int64 [1, T + K_s] | slots of stage s of the prompt |
 | scores.{s} | float32 [1, N] | reference only: what the decision before stage s ranked, by candidate slot |
@@ -26,18 +29,19 @@ comes after it: token t is the engine's own choice given the reference's tokens 
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from reroute.errors import UserError
-from reroute.manifest import Model
+from reroute.manifest import Grid, Model
 
 FILE_NAME = "reference.npz"
 # Words of the probe before and after the image, and of the later turn.
 _BEFORE, _AFTER = 4, 20
 TURN_TOKENS = 7
+_OTHER = "in.pixel_values."
 Arrays = dict[str, np.ndarray]
 
 
@@ -49,10 +53,13 @@ class Scenario:
     prompt_ids: np.ndarray
     turn_ids: np.ndarray
     num_tokens: int
+    other_pixels: dict[Grid, np.ndarray] = field(default_factory=dict)
 
     def to_arrays(self) -> Arrays:
         """The `in.*` arrays."""
+        others = {f"{_OTHER}{rows}x{columns}": array for (rows, columns), array in self.other_pixels.items()}
         return {
+            **others,
             "in.pixel_values": self.pixel_values,
             "in.prompt_ids": self.prompt_ids,
             "in.turn_ids": self.turn_ids,
@@ -67,7 +74,15 @@ class Scenario:
             prompt_ids=arrays["in.prompt_ids"],
             turn_ids=arrays["in.turn_ids"],
             num_tokens=int(arrays["in.num_tokens"]),
+            other_pixels={
+                _grid(name.removeprefix(_OTHER)): array for name, array in arrays.items() if name.startswith(_OTHER)
+            },
         )
+
+
+def _grid(text: str) -> Grid:
+    rows, _, columns = text.partition("x")
+    return int(rows), int(columns)
 
 
 def text_tokens(num_tokens: int) -> int:
@@ -81,16 +96,24 @@ def probe(model: Model, *, num_tokens: int = 64, seed: int = 0) -> Scenario:
     special = {model.tokens.image_token_id, *model.tokens.eos_token_ids}
     words = np.asarray([i for i in range(model.text.vocab_size) if i not in special], dtype=np.int64)
     prompt = np.concatenate([rng.choice(words, _BEFORE), [model.tokens.image_token_id], rng.choice(words, _AFTER)])
-    height, width = model.image.crop_height, model.image.crop_width
+    pixels = _blobs(rng, *model.pixels(model.vision.grid))
+    turn = rng.choice(words, TURN_TOKENS)
+    others = [grid for grid in model.vision.all_grids if grid != model.vision.grid]
+    return Scenario(
+        pixel_values=pixels,
+        prompt_ids=prompt.astype(np.int64),
+        turn_ids=turn,
+        num_tokens=num_tokens,
+        other_pixels={grid: _blobs(rng, *model.pixels(grid)) for grid in others},
+    )
+
+
+def _blobs(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Pixel values [1, 3, H, W] of smooth colours with a little noise."""
     coarse = rng.standard_normal((1, 3, 6, 6))
     rows, columns = np.arange(height) * 6 // height, np.arange(width) * 6 // width
     pixels = coarse[:, :, rows][:, :, :, columns] + 0.1 * rng.standard_normal((1, 3, height, width))
-    return Scenario(
-        pixel_values=pixels.astype(np.float32),
-        prompt_ids=prompt.astype(np.int64),
-        turn_ids=rng.choice(words, TURN_TOKENS),
-        num_tokens=num_tokens,
-    )
+    return pixels.astype(np.float32)
 
 
 def save(path: Path, arrays: Arrays) -> None:

@@ -6,6 +6,7 @@ per stage. Export, engines and runtime all read it from the manifest, so it is s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +19,9 @@ Scoring = Literal["own", "previous"]
 # original: a row keeps its position for good; renumbered: after each removal the rows left are counted 0, 1, 2, ... and
 # decode goes on from there (PyramidDrop code, arXiv 2410.17247).
 Positions = Literal["original", "renumbered"]
+# Who competes when a prompt has several images. all: every visual row with every other, for one budget; image: the rows
+# of each image among themselves, each image with the budget.
+Pool = Literal["all", "image"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +30,15 @@ class Stage:
 
     `keep` is None in stage 0, the layers before the first decision, where every row runs. Stage 0 is always
     present, and empty when the first decision is at layer 0.
+
+    Where images have several sizes, a budget that is a share follows their size: `share` (p, q) means
+    max(1, N p // q) of N visual tokens, and `keep` is what that is for the largest image.
     """
 
     start: int
     stop: int
     keep: int | None
+    share: tuple[int, int] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -38,8 +46,13 @@ class Stage:
         return self.stop - self.start
 
     def visual_rows(self, num_visual: int) -> int:
-        """Visual rows that run in this stage for a step with `num_visual` visual tokens: min(keep, N)."""
-        return num_visual if self.keep is None else min(self.keep, num_visual)
+        """Visual rows that run in this stage for a pool of `num_visual` visual tokens: min(keep, N)."""
+        if self.keep is None:
+            return num_visual
+        if self.share is None:
+            return min(self.keep, num_visual)
+        part, whole = self.share
+        return min(num_visual, max(1, num_visual * part // whole))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +65,7 @@ class Schedule:
         scoring: whose attention ranks the candidates.
         positions: which rotary positions rows have after a removal.
         nuwa: visual tokens of an image that leave the vision tower (stage 1 of Nüwa, arXiv 2602.02951); None: all.
+        pool: which visual rows compete with which when a prompt has several images.
     """
 
     action: Action
@@ -59,11 +73,16 @@ class Schedule:
     scoring: Scoring = "own"
     positions: Positions = "original"
     nuwa: int | None = None
+    pool: Pool = "all"
 
     def __post_init__(self) -> None:
-        for value, kind in ((self.action, Action), (self.scoring, Scoring), (self.positions, Positions)):
+        for what, value, kind in (
+            ("routing action", self.action, Action),
+            ("scoring form", self.scoring, Scoring),
+            ("kind of positions", self.positions, Positions),
+            ("pool", self.pool, Pool),
+        ):
             if value not in get_args(kind):
-                what = {Action: "routing action", Scoring: "scoring form", Positions: "kind of positions"}[kind]
                 raise UserError(f"unknown {what} {value!r}", hint=nearest(value, get_args(kind)))
         edges = [0, *(stage.stop for stage in self.stages)]
         if not self.stages or any(s.start != e for s, e in zip(self.stages, edges, strict=False)):
@@ -71,6 +90,9 @@ class Schedule:
         later = [stage.keep for stage in self.stages[1:]]
         if self.stages[0].keep is not None or any(keep is None or keep < 1 for keep in later):
             raise ValueError(f"every stage but the first has a budget of at least 1: {self.stages}")
+        shares = [stage.share for stage in self.stages if stage.share is not None]
+        if self.stages[0].share is not None or any(not 0 < part <= whole for part, whole in shares):
+            raise ValueError(f"a share is more than 0 and at most 1, and of a budget: {self.stages}")
         if any(stage.stop < stage.start for stage in self.stages) or self.num_layers < 1:
             raise ValueError(f"stages must cover at least one layer, forwards: {self.stages}")
         if (self.action == "dense") != (len(self.stages) == 1):
@@ -101,6 +123,16 @@ class Schedule:
     def budgets(self) -> tuple[int, ...]:
         """Visual rows kept by each decision."""
         return tuple(stage.keep for stage in self.stages[1:] if stage.keep is not None)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every budget is a number of tokens of one pool, whatever the images are."""
+        return self.pool == "all" and all(stage.share is None for stage in self.stages)
+
+    def visual_rows(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Visual rows that run in each stage for a step whose images have `counts` visual tokens."""
+        pools = [sum(counts)] if self.pool == "all" else counts
+        return tuple(sum(stage.visual_rows(pool) for pool in pools) for stage in self.stages)
 
     def stage_of_layer(self, layer: int) -> int:
         """Index of the stage that runs `layer`."""

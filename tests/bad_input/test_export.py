@@ -26,10 +26,14 @@ NOT_CHECKPOINTS = {
 }
 
 UNSUPPORTED = {
-    "model type": (d.config("model_type", "qwen2_vl"), ["'qwen2_vl' is not supported", "llava"]),
+    "model type": (d.config("model_type", "idefics3"), ["'idefics3' is not supported", "llava"]),
     "model type misspelt": (d.config("model_type", "lava"), ["'lava'", "did you mean 'llava'"]),
     "no model type": (d.config("model_type", d.ABSENT), ["model type None", "llava"]),
-    "text model": (d.config("text_config.model_type", "mistral"), ["text model 'mistral'", "llama"]),
+    "text model": (d.config("text_config.model_type", "gemma"), ["text model 'gemma'", "llama", "qwen2"]),
+    "sliding window": (
+        d.then(d.config("text_config.model_type", "mistral"), d.config("text_config.sliding_window", 64)),
+        ["sliding window 64"],
+    ),
     "vision tower": (d.config("vision_config.model_type", "siglip_vision_model"), ["siglip", "clip_vision_model"]),
     "text activation": (d.config("text_config.hidden_act", "gelu"), ["activation 'gelu'", "silu"]),
     "vision activation": (d.config("vision_config.hidden_act", "nosuch"), ["'nosuch'", "quick_gelu"]),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from reroute.export.decoder import Output, RoutedDecoder
-from reroute.export.models.llava import decoder_source
+from reroute.export.llama import decoder_source
 from reroute.export.reference import RecordingDecoder
 from reroute.manifest import TextModel
 from reroute.schedule import Action, Positions, Schedule, Scoring, Stage

@@ -25,6 +25,10 @@ SIZES = {
     "biased": TinyLlava(attention_bias=True),
     "all-patches": TinyLlava(strategy="full"),
     "two-feature-layers": TinyLlava(feature_layer=(-2, -1)),
+    "mistral": TinyLlava(text="mistral"),
+    "qwen2": TinyLlava(text="qwen2"),
+    "qwen3": TinyLlava(text="qwen3"),
+    "as-13b": TinyLlava(layers=5, hidden=80, heads=5, kv_heads=5),
     "sharded": TinyLlava(max_shard_size="200KB"),
 }
 

@@ -136,7 +136,7 @@ def test_the_tower_is_transformers_tower_with_the_independent_first_stage(tmp_pa
     side, keep = image_size // 8, 13
     tower = family.build_vision(opened, model, resolve(f"removal@2:nuwa={keep}:keep=4:score=previous", model))
     pixels = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    tokens, places = encode(tower, pixels)
+    tokens, places, _ = encode(tower, pixels)
     assert places is not None
     theirs: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float64).eval()
     clip: CLIPVisionModel = theirs.model.vision_tower
@@ -175,7 +175,7 @@ def test_the_decoder_keeps_the_positions_of_the_unpruned_image(
     decoder, tower = family.build_decoder(opened, model, schedule), family.build_vision(opened, model, schedule)
     inputs = scenario.probe(model)
     visual = encode(tower, torch.from_numpy(inputs.pixel_values))
-    assert visual[1] is not None
+    assert visual.places is not None
     run = RecordingDecoder(decoder, capacity=100)
     output = run_prompt(run, inputs.prompt_ids, model.tokens.image_token_id, model.vision.tokens_per_image, visual)
     text = opened.config["text_config"]
@@ -187,7 +187,8 @@ def test_the_decoder_keeps_the_positions_of_the_unpruned_image(
     before = int(np.flatnonzero(inputs.prompt_ids == model.tokens.image_token_id)[0])
     words = inputs.prompt_ids[inputs.prompt_ids != model.tokens.image_token_id]
     embedded = weights["embed_tokens.weight"][words]
-    places = visual[1][0].numpy()
+    assert visual.places is not None
+    places = visual.places[0].numpy()
     positions = np.concatenate([np.arange(before), before + places, before + 36 + np.arange(len(words) - before)])
     sizes = {"heads": text["num_attention_heads"], "eps": model.text.rms_norm_eps, "theta": model.text.rope_theta}
     result = independent_forward(
@@ -253,10 +254,10 @@ def test_a_dialogue_with_two_images_is_torchs(nuwa_bundle: Path, tiny_checkpoint
 
                 pixels = torch.from_numpy(preprocess(images[number], model.image))[None]
                 visual = encode(tower, pixels)
-                assert visual[1] is not None
+                assert visual.places is not None
                 output = run_prompt(run, ids, model.tokens.image_token_id, 36, visual)
                 logits = output.logits
-                assert answer.entered.tolist() == visual[1][0].tolist()
+                assert answer.entered.tolist() == visual.places[0].tolist()
                 for route, slots, budget in zip(answer.routes, output.routes, (5, 3), strict=True):
                     assert len(route) == budget
                     assert set(route.tolist()) <= set(answer.entered.tolist())

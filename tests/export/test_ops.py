@@ -1,4 +1,4 @@
-"""The six ops in their three forms: torch reference, ONNX local function of standard ops, schema."""
+"""The seven ops in their three forms: torch reference, ONNX local function of standard ops, schema."""
 
 from __future__ import annotations
 
@@ -49,6 +49,50 @@ def test_select_is_the_same_in_torch_and_onnx(case: str) -> None:
     np.testing.assert_array_equal(slots, expected.numpy())
     if case == "all-tied":
         assert expected[0].tolist() == [0, 1, *range(2, 9), 36, 37, 38, 39]
+
+
+# Candidates left of each of the images' visual rows, budget, and denominator of a share or 0.
+POOLS: dict[str, tuple[list[int], list[int], int, int]] = {
+    "one-pool": ([34], [34], 3, 10),
+    "fixed": ([20, 14], [20, 14], 5, 0),
+    "share": ([20, 10, 4], [20, 10, 4], 1, 3),
+    "least-one": ([31, 3], [31, 3], 1, 10),
+    "more-than-there-are": ([20, 14], [20, 14], 18, 0),
+    "some-removed": ([7, 2, 1], [20, 10, 4], 1, 4),
+    "an-image-gone": ([7, 3], [7, 3], 2, 0),
+    "tied": ([20, 14], [20, 14], 5, 0),
+    "none": ([], [], 1, 3),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("case", POOLS)
+def test_select_pools_is_the_same_in_torch_onnx_and_a_loop(case: str, batch: int) -> None:
+    left, sizes, keep, whole = POOLS[case]
+    count = sum(left)
+    text = torch.tensor([0, 1, *range(2 + count, 6 + count)])
+    visual = torch.arange(2, 2 + count)
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(batch, 4 * 8, generator=generator)
+    k = torch.randn(batch, 6 + count, 2 * 8, generator=generator)
+    if case == "tied":
+        k = k[:, :1].expand(-1, 6 + count, -1).contiguous()
+    ids = torch.arange(len(left))
+    pools, rows = ids.repeat_interleave(torch.tensor(left, dtype=torch.int64)), torch.tensor(sizes, dtype=torch.int64)
+    tensors = [q, k, visual.expand(batch, -1), text.expand(batch, -1), pools.expand(batch, -1)]
+    tensors.append(ids.repeat_interleave(rows).expand(batch, -1))
+    expected = ops.select_pools(*tensors, keep, whole, 4, 2, 0.3)  # type: ignore[arg-type]
+    scores = ops.last_row_scores(q, k, 4, 2, 0.3)
+    for item in range(batch):
+        kept: list[int] = []
+        for pool, size in enumerate(sizes):
+            slots = [int(slot) for slot, own in zip(visual, pools, strict=True) if own == pool]
+            budget = max(1, size * keep // whole) if whole else keep
+            kept += sorted(slots, key=lambda slot, item=item: (-float(scores[item, slot]), slot))[:budget]
+        assert expected[item].tolist() == sorted([*text.tolist(), *kept])
+    attributes: dict[str, Any] = {"keep": keep, "whole": whole, "num_heads": 4, "num_kv_heads": 2, "scale": 0.3}
+    (slots,) = run("RerouteSelectPools", tensors, attributes, [TensorProto.INT64])
+    np.testing.assert_array_equal(slots, expected.numpy())
 
 
 def test_select_equals_a_loop_over_rows_and_heads() -> None:
@@ -114,6 +158,10 @@ def test_torch_ops_pass_torchs_own_checks() -> None:
     torch.library.opcheck(ops.rotary, (full, torch.randn(9, 3), torch.randn(9, 3), torch.arange(9).expand(2, -1), 1))
     # Its output has a length that depends on values, which the fake-tensor check cannot compare.
     torch.library.opcheck(ops.select, select_inputs("batch"), test_utils=checks)
+    *tensors, keep, heads, groups, scale = select_inputs("batch")
+    pools = torch.zeros_like(tensors[2])
+    arguments = (*tensors, pools, pools, keep, 0, heads, groups, scale)
+    torch.library.opcheck(ops.select_pools, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("function", onnx_ops.functions(), ids=lambda function: function.name)

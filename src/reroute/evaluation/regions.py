@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from reroute.evaluation.questions import Box
-from reroute.manifest import Model
+from reroute.manifest import GridProcessing, Model
+from reroute.runtime.image import nearest_grid
 
 Size = Literal["small", "medium", "large"]
 
@@ -34,14 +35,19 @@ def tokens_in(box: Box, size: tuple[int, int], model: Model) -> np.ndarray:
         model: its image processor and its grid.
 
     Returns:
-        Ascending int64 indices, row-major on `model.vision.grid`; empty for a box outside the crop.
+        Ascending int64 indices, row-major on the image's grid; empty for a box outside the crop.
     """
     (width, height), image = size, model.image
-    long = int(image.shortest_edge * max(size) / min(size))
-    resized = (image.shortest_edge, long) if width <= height else (long, image.shortest_edge)
-    rows, columns = model.vision.grid
+    if isinstance(image, GridProcessing):
+        rows, columns = nearest_grid(size, image, model.vision.all_grids)
+        crops = resized = (columns * image.cell, rows * image.cell)
+    else:
+        rows, columns = model.vision.grid
+        long = int(image.shortest_edge * max(size) / min(size))
+        resized = (image.shortest_edge, long) if width <= height else (long, image.shortest_edge)
+        crops = (image.crop_width, image.crop_height)
     spans = []
-    for axis, (crop, cells) in enumerate(((image.crop_width, columns), (image.crop_height, rows))):
+    for axis, (crop, cells) in enumerate(zip(crops, (columns, rows), strict=True)):
         start = (resized[axis] - crop) // 2
         low, high = ((box[axis + corner] * resized[axis] - start) * cells / crop for corner in (0, 2))
         inside = np.flatnonzero((low <= np.arange(cells) + 0.5) & (np.arange(cells) + 0.5 < high))
