@@ -37,9 +37,11 @@ def lower_export(
     """Write the lowered folder of a verified export into `folder`, which exists, and return its manifest.
 
     Raises:
-        UserError: the engine cannot fit the machine, a weight does not fit fp16, or a graph breaks a rule.
+        UserError: the model has what is not lowered for TensorRT yet, the engine cannot fit the machine, a weight does
+            not fit fp16, or a graph breaks a rule.
     """
     target = target_named(options.target)
+    require_fixed_shapes(manifest)
     estimates = require_memory(manifest, options, target)
     graphs = {part.file for part in manifest.parts.values()}
     data = {f"{file}.data" for file in graphs}
@@ -91,6 +93,21 @@ def lower_export(
     lowered.save(folder)
     tell(f"both graphs pass the rules of TensorRT {target.version}")
     return lowered
+
+
+def require_fixed_shapes(manifest: Manifest) -> None:
+    """Refuse what needs other inputs, ops or graphs than the plugin and the backend have. Raises UserError."""
+    model, schedule = manifest.model, manifest.schedule
+    for has, what in (
+        (bool(model.vision.grids), "a vision tower with one graph for each grid"),
+        (model.text.deepstack > 0, "features that are added after decoder layers (deepstack)"),
+        (not schedule.fixed, "budgets that are shares, or for each image"),
+    ):
+        if has:
+            raise UserError(
+                f"this export has {what}, which is not lowered for TensorRT yet",
+                hint="build it for ONNX Runtime: `reroute build DIR --backend ort`",
+            )
 
 
 def profiles(manifest: Manifest, parts: dict[str, Part]) -> dict[str, dict[str, dict[str, Span]]]:

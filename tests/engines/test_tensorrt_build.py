@@ -18,6 +18,7 @@ import pytest
 from reroute import cli
 from reroute.check import check_bundle
 from reroute.engines import TensorRTOptions, build, build_engine
+from reroute.engines.lowered import require_fixed_shapes
 from reroute.engines.targets import TARGETS, Form, LoweringOptions
 from reroute.errors import RerouteError, UserError
 from reroute.export import export_checkpoint
@@ -189,6 +190,28 @@ def test_a_graph_that_would_not_parse_is_never_written(
     with pytest.raises(UserError, match=r"TensorRT 10\.3 would not parse the decoder: graph: opset 24.*rule opset"):
         build(tiny_export, tmp_path / "out", backend="tensorrt", tensorrt=options(only_lower=True))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "what"),
+    [
+        ("vision", {"grids": ((6, 6), (4, 9))}, "each grid"),
+        ("text", {"deepstack": 3}, "deepstack"),
+        ("schedule", {"pool": "image"}, "for each image"),
+    ],
+)
+def test_what_is_not_lowered_yet_is_refused_by_name(
+    tiny_export: Path, part: str, change: dict[str, Any], what: str
+) -> None:
+    manifest = Manifest.load(tiny_export)
+    if part == "schedule":
+        other = dataclasses.replace(manifest, schedule=dataclasses.replace(manifest.schedule, **change))
+    else:
+        changed = dataclasses.replace(getattr(manifest.model, part), **change)
+        other = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, **{part: changed}))
+    with pytest.raises(UserError, match=what) as error:
+        require_fixed_shapes(other)
+    assert "--backend ort" in error.value.hint
 
 
 def test_an_engine_that_cannot_fit_is_refused_before_anything(tiny_export: Path, tmp_path: Path) -> None:
