@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 DEMO_ROUTING ?= reroute-pdrop:avg=1/9
 
-.PHONY: demo test lint format types venv check-runtime check-tensorrt bindings
+.PHONY: demo test lint format types venv check-runtime check-tensorrt check-gpu bindings
 
 venv: $(STAMP)
 
@@ -35,6 +35,25 @@ bindings: $(STAMP)
 # The same tests, but what is missing is a failure.
 check-tensorrt: bindings
 	REROUTE_BINDINGS=required $(BIN)/python -m pytest tests/engines/test_bindings.py
+
+# All rungs that need a GPU, in order; stops at the first that fails. Needs CUDA, `pip install onnxruntime-gpu` in place of
+# onnxruntime, and for the last three lines TensorRT (`pip install -e ".[tensorrt]"`) and its headers. Jetson:
+# make check-gpu CUDA_PRESET=orin-native TARGET=orin-jp6 TRT_INCLUDE_DIR=/usr/include/aarch64-linux-gnu
+CUDA_PRESET ?= x86_64-cuda13
+TARGET ?= datacenter
+TRT_INCLUDE_DIR ?= /usr/include/x86_64-linux-gnu
+KERNELS := out/plugins/$(CUDA_PRESET)
+check-gpu: $(STAMP)
+	cd plugins_cpp && cmake --preset $(CUDA_PRESET) -DTRT_INCLUDE_DIR=$(TRT_INCLUDE_DIR)
+	cd plugins_cpp && cmake --build --preset $(CUDA_PRESET) && ctest --preset $(CUDA_PRESET)
+	mkdir -p out/gpu && $(KERNELS)/reroute_kernel_check --benchmark > out/gpu/kernels.json
+	$(BIN)/reroute export demo/model -o out/gpu/export --routing "$(DEMO_ROUTING)" --force
+	$(BIN)/reroute build out/gpu/export -o out/gpu/ort --force
+	$(BIN)/reroute check out/gpu/ort --provider cuda
+	$(BIN)/reroute build out/gpu/export -o out/gpu/native --backend tensorrt --target $(TARGET) --form native --force
+	$(BIN)/reroute build out/gpu/export -o out/gpu/plugin --backend tensorrt --target $(TARGET) --force \
+		--plugin $$(ls $(KERNELS)/libreroute_tensorrt*.so)
+	$(BIN)/reroute check out/gpu/native && $(BIN)/reroute check out/gpu/plugin
 
 # The demo bundle against its recorded reference with nothing but the runtime installed: PYTHON=python3.10 make check-runtime
 check-runtime:
