@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 DEMO_ROUTING ?= reroute-pdrop:avg=1/9
 
-.PHONY: demo test lint format types venv check-runtime
+.PHONY: demo test lint format types venv check-runtime check-tensorrt bindings
 
 venv: $(STAMP)
 
@@ -24,8 +24,17 @@ demo: $(STAMP)
 	$(BIN)/reroute build out/demo-export -o out/demo --force
 	$(BIN)/python -m reroute.demo.answer_demo out/demo --picture out/demo.png
 
-test: $(STAMP)
+test: $(STAMP) bindings
 	$(BIN)/python -m pytest
+
+# TensorRT's and CUDA's Python bindings (24 MiB, no libraries) into .venv/bindings, once, where the index has them: the
+# tests look there for every name that our code says to TensorRT. Without them those tests skip, and say so.
+bindings: $(STAMP)
+	-@$(BIN)/python -m tests.engines.bindings
+
+# The same tests, but what is missing is a failure.
+check-tensorrt: bindings
+	REROUTE_BINDINGS=required $(BIN)/python -m pytest tests/engines/test_bindings.py
 
 # The demo bundle against its recorded reference with nothing but the runtime installed: PYTHON=python3.10 make check-runtime
 check-runtime:

@@ -6,7 +6,11 @@
     write      graphs, weights, tokenizer, recorded reference, manifest with hashes; the folder appears whole
     check      the finished bundle is driven by the runtime and compared with the reference
 
-No torch and no transformers: a bundle can be built on the device that will run it.
+TensorRT has one step more: lowering gives a folder (lowered.py) that `build_engine.py` turns into the bundle, here or
+on the device.
+
+No torch and no transformers: a bundle can be built on the device that will run it. onnx is imported when a graph is
+lowered, so that `python -m reroute.engines.build_engine` works without it.
 """
 
 from __future__ import annotations
@@ -15,20 +19,37 @@ import dataclasses
 import importlib.metadata
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-import onnx
+from typing import TYPE_CHECKING
 
 import reroute
-from reroute.engines.lower import lower
+from reroute.engines.targets import TARGETS, LoweringOptions
 from reroute.errors import GateError, RerouteError, UserError, nearest
 from reroute.folders import check_output, whole_folder
 from reroute.manifest import Manifest, Part, file_table
 
-# Backend of a bundle -> dialect of its graphs.
-BACKENDS = {"ort": "ort"}
+if TYPE_CHECKING:
+    from reroute.engines import build_engine  # run as a module, it must not be imported by its package
+
+BACKENDS = ("ort", "tensorrt")
 Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorRTOptions:
+    """What a TensorRT build needs to know.
+
+    Attributes:
+        lowering: target, form, dtype, memory.
+        only_lower: stop before TensorRT is needed; the output is then the lowered folder.
+        engine: options of the build itself, see `reroute.engines.build_engine`.
+    """
+
+    lowering: LoweringOptions
+    only_lower: bool = False
+    engine: build_engine.Options | None = None
 
 
 def build(
@@ -39,16 +60,18 @@ def build(
     check: bool = True,
     force: bool = False,
     progress: Progress | None = None,
+    tensorrt: TensorRTOptions | None = None,
 ) -> Manifest:
     """Build an engine bundle.
 
     Args:
         export_dir: folder that `reroute export` wrote.
         output: folder to write; appears whole, and only if the check passed.
-        backend: "ort".
+        backend: "ort" or "tensorrt".
         check: compare the engine with the recorded reference and write the result into the manifest.
         force: replace an earlier bundle.
         progress: is told what happens next.
+        tensorrt: with the backend "tensorrt", what to build for.
 
     Raises:
         UserError: bad input, before anything is written.
@@ -63,38 +86,89 @@ def build(
     if output.resolve() == export_dir.resolve():
         raise UserError("the bundle would overwrite the export", hint="choose another output with -o")
     check_output(output, force=force)
+    if backend == "tensorrt" and tensorrt is None:
+        raise UserError("a TensorRT engine needs a target", hint=f"add --target T; supported: {', '.join(TARGETS)}")
+    if backend == "tensorrt" and (manifest.model.vision.grids or not manifest.schedule.fixed):
+        raise UserError(
+            "TensorRT engines have one vision graph and budgets in tokens of one pool; this export has "
+            f"{len(manifest.model.vision.all_grids)} grids and budgets {manifest.routing!r}",
+            hint="build it for ONNX Runtime: --backend ort",
+        )
     tell("verifying the export")
     manifest.verify_files(export_dir)
     with whole_folder(output, force=force) as folder:
-        graphs = {part.file for part in manifest.parts.values()}
-        for name in manifest.files:
-            if name not in graphs:
-                shutil.copyfile(export_dir / name, folder / name)
-        for name, part in manifest.parts.items():
-            tell(f"lowering the {name}")
-            graph = lower(onnx.load(export_dir / part.file, load_external_data=False), BACKENDS[backend])
-            onnx.save(graph, folder / part.file)
-            validate(folder / part.file, part)
-        versions = {
-            **manifest.versions,
-            "build.reroute": reroute.__version__,
-            "build.python": platform.python_version(),
-            "build.onnx": onnx.__version__,
-            "build.onnxruntime": _onnxruntime_version(),
-        }
-        bundle = dataclasses.replace(
-            manifest, kind="bundle", backend=backend, files=file_table(folder), versions=versions, check=None
-        )
+        if tensorrt is not None and backend == "tensorrt":
+            bundle = _build_tensorrt(export_dir, manifest, folder, tensorrt, tell)
+        else:
+            bundle = _build_ort(export_dir, manifest, folder, tell)
         bundle.save(folder)
-        if check:
+        if check and bundle.kind == "bundle":
             tell("checking the engine against the reference")
             bundle = dataclasses.replace(bundle, check=_check(folder))
             bundle.save(folder)
     return bundle
 
 
+def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, tell: Progress) -> Manifest:
+    import onnx
+
+    from reroute.engines.lower import lower
+
+    graphs = {part.file for part in manifest.parts.values()}
+    for name in manifest.files:
+        if name not in graphs:
+            shutil.copyfile(export_dir / name, folder / name)
+    for name, part in manifest.parts.items():
+        tell(f"lowering the {name}")
+        graph = lower(onnx.load(export_dir / part.file, load_external_data=False), "ort")
+        onnx.save(graph, folder / part.file)
+        validate(folder / part.file, part)
+    versions = {**_versions(manifest), "build.onnxruntime": _onnxruntime_version()}
+    return dataclasses.replace(
+        manifest, kind="bundle", backend="ort", files=file_table(folder), versions=versions, check=None
+    )
+
+
+def _build_tensorrt(
+    export_dir: Path, manifest: Manifest, folder: Path, options: TensorRTOptions, tell: Progress
+) -> Manifest:
+    """The lowered folder, or, where TensorRT is, the bundle. Raises UserError without it, once the rules passed."""
+    from reroute.engines import build_engine
+    from reroute.engines.lowered import lower_export
+
+    manifest = dataclasses.replace(manifest, versions=_versions(manifest))
+    if options.only_lower:
+        return lower_export(export_dir, manifest, folder, options.lowering, tell)
+    # Beside the output: the lowered weights are as large as the engine, and /tmp may be small.
+    with tempfile.TemporaryDirectory(prefix=".lowered.", dir=folder.parent) as name:
+        lowered, made = Path(name), folder / "bundle"
+        lower_export(export_dir, manifest, lowered, options.lowering, tell)
+        try:
+            build_engine.build(lowered, made, options.engine or build_engine.Options(), tell)
+        except build_engine.BuildError as error:
+            kind = UserError if error.code == 2 else RerouteError
+            raise kind(error.message, hint=error.hint) from error
+    for path in made.iterdir():
+        path.rename(folder / path.name)
+    made.rmdir()
+    return Manifest.load(folder)
+
+
+def _versions(manifest: Manifest) -> dict[str, str]:
+    import onnx
+
+    return {
+        **manifest.versions,
+        "build.reroute": reroute.__version__,
+        "build.python": platform.python_version(),
+        "build.onnx": onnx.__version__,
+    }
+
+
 def validate(path: Path, part: Part) -> None:
     """Check a lowered graph on disk: onnx's checker (weights included), and the I/O table. Raises RerouteError."""
+    import onnx
+
     onnx.checker.check_model(str(path))
     graph = onnx.load(path, load_external_data=False).graph
     for values, table, what in ((graph.input, part.inputs, "input"), (graph.output, part.outputs, "output")):

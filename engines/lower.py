@@ -1,16 +1,28 @@
-"""Lowering: give every `reroute` op of a neutral graph a dialect's body and inline it."""
+"""Lowering: give every `reroute` op of a neutral graph a dialect's body and inline it.
+
+TensorRT gets one of two forms of the same graph. *Native*: every op is inlined. *Plugin*: the ops of the C++ plugin
+stay nodes and their functions are dropped; `with_functions` puts the functions back, for engines without the plugin.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import onnx
 from onnx import inliner
 
-from reroute.engines.dialects import DIALECTS, DOMAIN
+from reroute.engines.dialects import DIALECTS, DOMAIN, PLUGIN_OPS, Dialect
+from reroute.engines.targets import Form
 from reroute.errors import RerouteError
 
 
-def lower(model: onnx.ModelProto, dialect_name: str) -> onnx.ModelProto:
+def lower(model: onnx.ModelProto, dialect_name: str, *, form: Form = "native") -> onnx.ModelProto:
     """A copy of `model` (weights may stay external) in which only the dialect's operators are left.
+
+    Args:
+        model: a neutral graph.
+        dialect_name: see `DIALECTS`.
+        form: "plugin" keeps the ops of `PLUGIN_OPS` as nodes without a body.
 
     Raises:
         RerouteError: an op without a body, which would mean that export and dialect are of different versions.
@@ -18,24 +30,75 @@ def lower(model: onnx.ModelProto, dialect_name: str) -> onnx.ModelProto:
     dialect = DIALECTS[dialect_name]
     lowered = onnx.ModelProto()
     lowered.CopyFrom(model)
-    bodies = {function.name: function for function in model.functions if function.domain == DOMAIN}
-    bodies |= {name: onnx.parser.parse_function(text) for name, text in dialect.bodies.items()}
-    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    kept = set(PLUGIN_OPS if form == "plugin" else ())
+    if dialect.full_attention:
+        _call_full_attention(lowered)
+    bodies = _bodies(model, dialect)
+    used = {node.op_type for node in lowered.graph.node if node.domain == DOMAIN}
     if missing := sorted(used - bodies.keys()):
         raise RerouteError(f"the dialect {dialect_name} has no body for {', '.join(missing)}", hint="export again")
     del lowered.functions[:]
-    lowered.functions.extend(bodies[name] for name in sorted(used))
+    lowered.functions.extend(bodies[name] for name in sorted(used - kept))
     _import(lowered, dialect.opsets)
     lowered = inliner.inline_local_functions(lowered)
-    kept = [entry for entry in lowered.opset_import if entry.domain != DOMAIN]
+    left = {node.op_type for node in lowered.graph.node if node.domain == DOMAIN}
+    if stray := sorted(left - kept):
+        raise RerouteError(f"not lowered: {', '.join(stray)}", hint="this is a defect of the dialect: report it")
+    entries = [entry for entry in lowered.opset_import if entry.domain != DOMAIN or left]
     del lowered.opset_import[:]
-    lowered.opset_import.extend(kept)
+    lowered.opset_import.extend(entries)
     for entry in lowered.opset_import:
         if entry.domain == "" and dialect.opset is not None:
             entry.version = dialect.opset
-    if left := sorted({node.op_type for node in lowered.graph.node if node.domain == DOMAIN}):
-        raise RerouteError(f"not lowered: {', '.join(left)}", hint="this is a defect of the dialect: report it")
     return lowered
+
+
+def with_functions(model: onnx.ModelProto, neutral: onnx.ModelProto, dialect_name: str) -> onnx.ModelProto:
+    """A copy of a graph in plugin form with the dialect's functions for its plugin nodes attached: runs anywhere.
+
+    Args:
+        model: what `lower(neutral, dialect_name, form="plugin")` gave, possibly changed since.
+        neutral: the graph that it came from.
+        dialect_name: see `DIALECTS`.
+    """
+    bodies = _bodies(neutral, DIALECTS[dialect_name])
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    for name in sorted(plugin_nodes(model)):
+        function = whole.functions.add()
+        function.CopyFrom(bodies[name])
+        for entry in function.opset_import:
+            entry.version = versions.get(entry.domain, entry.version)
+    return whole
+
+
+def plugin_nodes(model: onnx.ModelProto) -> dict[str, int]:
+    """How many nodes of each plugin op a graph holds, by op type: what the built engine must have as plugin layers."""
+    return dict(sorted(Counter(node.op_type for node in model.graph.node if node.op_type in PLUGIN_OPS).items()))
+
+
+def _bodies(model: onnx.ModelProto, dialect: Dialect) -> dict[str, onnx.FunctionProto]:
+    bodies = {function.name: function for function in model.functions if function.domain == DOMAIN}
+    return bodies | {name: onnx.parser.parse_function(text) for name, text in dialect.bodies.items()}
+
+
+def _call_full_attention(model: onnx.ModelProto) -> None:
+    """Turn standard Attention nodes of three inputs into calls of RerouteFullAttention. Raises RerouteError."""
+    for node in model.graph.node:
+        if node.domain or node.op_type != "Attention":
+            continue
+        values = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        scale = values.pop("scale", None)
+        if len(node.input) != 3 or len(node.output) != 1 or scale is None or any(values.values()):
+            raise RerouteError(
+                f"the Attention node {node.name or node.output[0]} is not plain: {len(node.input)} inputs, {values}",
+                hint="export again; if it stays, report it",
+            )
+        node.domain, node.op_type = DOMAIN, "RerouteFullAttention"
+        del node.attribute[:]
+        node.attribute.append(onnx.helper.make_attribute("scale", scale))
+        _import(model, {DOMAIN: 1})
 
 
 def _import(model: onnx.ModelProto, opsets: dict[str, int]) -> None:

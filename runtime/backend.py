@@ -14,7 +14,11 @@ from reroute.runtime.layout import StepInputs
 from reroute.runtime.positions import VisualTokens
 
 # Backend of a manifest -> module and class. Modules are imported when a bundle of theirs is opened.
-BACKENDS: dict[str, str] = {"ort": "reroute.runtime.ort:OrtBackend"}
+BACKENDS: dict[str, str] = {
+    "ort": "reroute.runtime.ort:OrtBackend",
+    "tensorrt": "reroute.runtime.tensorrt:TensorRTBackend",
+}
+PROVIDERS = ("cpu", "cuda", "tensorrt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,8 @@ class BackendOptions:
 
     Attributes:
         threads: CPU threads of one operator; None lets the engine decide.
-        provider: "cpu" or "cuda".
+        provider: where ONNX Runtime runs: "cpu", "cuda", or "tensorrt" with CUDA behind it. A TensorRT bundle has no
+        choice.
         spinning: idle threads wait in a busy loop. Off by default: it gains a little when nothing else runs,
             and takes whole cores from everything else between two steps.
         batch: rows of `StepInputs`; a session uses 1.
@@ -37,8 +42,8 @@ class BackendOptions:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}", hint="give 1 or more, or leave it out")
-        if self.provider not in ("cpu", "cuda"):
-            raise UserError(f"unknown provider {self.provider!r}", hint=nearest(self.provider, ("cpu", "cuda")))
+        if self.provider not in PROVIDERS:
+            raise UserError(f"unknown provider {self.provider!r}", hint=nearest(self.provider, PROVIDERS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +55,13 @@ class StepOutputs:
         routes: for each routed stage s = 1..stages-1, int64 [B, T + min(K_s, N)]: the ascending slots of
             this step that ran there. Empty for a dense bundle and for steps of one text token, which run
             everywhere.
+        greedy: the likeliest token of row 0 and its log probability, where the engine itself chose it: `logits` may
+            then still be on the device, and are fetched when they are read.
     """
 
     logits: np.ndarray
     routes: tuple[np.ndarray, ...]
+    greedy: tuple[int, float] | None = None
 
 
 class Backend(Protocol):

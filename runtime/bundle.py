@@ -46,6 +46,11 @@ class Bundle:
                 hint="give the bundle that `reroute build` made",
             )
         manifest = Manifest.load(folder)
+        if manifest.kind == "lowered":
+            raise UserError(
+                f"{folder} holds graphs for TensorRT, no engine yet",
+                hint=f"build it on the device that will run it: python3 {folder}/build_engine.py {folder}",
+            )
         if manifest.kind != "bundle":
             raise UserError(
                 f"{folder} is an {manifest.kind}, not an engine bundle",

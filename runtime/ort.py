@@ -21,6 +21,13 @@ from reroute.runtime.layout import StepInputs, rows_added
 from reroute.runtime.positions import VisualTokens
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# What a provider is called in ONNX Runtime, in the order of preference: each takes the nodes that it knows.
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+_DEVICES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 
 
 class OrtBackend:
@@ -36,7 +43,7 @@ class OrtBackend:
         self._ort = _import_onnxruntime()
         self._options = options
         self._manifest = bundle.manifest
-        self._provider = self._pick_provider(options.provider)
+        self._providers = self._pick_providers(options.provider)
         # The other grids' graphs are loaded when an image needs them.
         self._bundle = bundle
         self._vision: dict[str, Any] = {}
@@ -57,7 +64,9 @@ class OrtBackend:
             for kind in ("key", "value"):
                 array = np.zeros((batch, text.num_kv_heads, rows, text.head_dim), dtype=self._dtype)
                 self._caches[f"{layer}.{kind}"] = array
-                self._values[f"{layer}.{kind}"] = self._ort.OrtValue.ortvalue_from_numpy(array, options.provider, 0)
+                self._values[f"{layer}.{kind}"] = self._ort.OrtValue.ortvalue_from_numpy(
+                    array, _DEVICES[options.provider], 0
+                )
 
         renumbered = self._manifest.schedule.positions == "renumbered"
         table = (len(stages), 1, text.head_dim // 2) if renumbered else (1, text.head_dim // 2)
@@ -159,20 +168,19 @@ class OrtBackend:
         return {
             "engine": "ONNX Runtime",
             "version": self._ort.__version__,
-            "provider": self._provider,
+            "provider": self._providers[0],
             "threads": str(self._options.threads or "default"),
             "spinning": "on" if self._options.spinning else "off",
         }
 
-    def _pick_provider(self, name: str) -> str:
-        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[name]
-        available = self._ort.get_available_providers()
-        if provider not in available:
+    def _pick_providers(self, name: str) -> list[str]:
+        wanted, available = list(_PROVIDERS[name]), self._ort.get_available_providers()
+        if missing := [provider for provider in wanted if provider not in available]:
             raise UserError(
-                f"this onnxruntime has no {provider}, only {', '.join(available)}",
+                f"this onnxruntime has no {missing[0]}, only {', '.join(available)}",
                 hint='install the GPU build instead of the CPU one: pip install "reroute[ort-gpu]"',
             )
-        return provider
+        return wanted
 
     def _load(self, path: Path) -> Any:
         options = self._ort.SessionOptions()
@@ -181,12 +189,19 @@ class OrtBackend:
             options.intra_op_num_threads = self._options.threads
         options.log_severity_level = 3
         try:
-            return self._ort.InferenceSession(str(path), options, providers=[self._provider])
+            session = self._ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
             raise UserError(
                 f"ONNX Runtime {self._ort.__version__} cannot load {path.name}: {error}",
                 hint="build the bundle again, or install the onnxruntime that its manifest names",
             ) from error
+        # ONNX Runtime falls back without an error when a provider's libraries do not load.
+        if (first := session.get_providers()[0]) != self._providers[0]:
+            raise UserError(
+                f"ONNX Runtime could not start {self._providers[0]} and would run on {first}",
+                hint="its CUDA, cuDNN or TensorRT libraries are missing or of another version; its log names them",
+            )
+        return session
 
     def _bind_caches(self) -> Any:
         binding = self._decoder.io_binding()

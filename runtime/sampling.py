@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from reroute.errors import UserError
+from reroute.runtime.backend import StepOutputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,14 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
+
+    def choose(self, outputs: StepOutputs) -> tuple[int, float]:
+        """Token and log probability after a step: the engine's own choice if it made one and that is what is wanted."""
+        if self._sampling.temperature > 0 or outputs.greedy is None:
+            return self.pick(outputs.logits[0])
+        if not np.isfinite(outputs.greedy[1]):
+            raise FloatingPointError("the model returned logits that are not finite")
+        return outputs.greedy
 
     def pick(self, logits: np.ndarray) -> tuple[int, float]:
         """Choose a token.

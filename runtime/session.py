@@ -87,7 +87,7 @@ class Session:
         Args:
             path: the bundle's folder.
             threads: CPU threads, None for the engine's choice.
-            provider: "cpu" or "cuda".
+            provider: of ONNX Runtime, see `BackendOptions`.
             spinning: let idle threads spin (see `BackendOptions`).
             verify: hash the files first.
 
@@ -300,7 +300,6 @@ class Session:
         routes = tuple(entered[np.isin(layout.visual_slots, r[0])] for r in outputs.routes)
         routes = routes or tuple(np.zeros(0, np.int64) for _ in self.manifest.schedule.budgets)
 
-        logits = outputs.logits
         ends = self.manifest.model.tokens.eos_token_ids
         ids: list[int] = []
         pieces: list[str] = []
@@ -309,8 +308,8 @@ class Session:
         while not reason:
             start = time.perf_counter()
             if ids:
-                logits = self._decode(ids[-1])
-            token, logprob = sampler.pick(logits[0])
+                outputs = self._decode(ids[-1])
+            token, logprob = sampler.choose(outputs)
             ids.append(token)
             piece = ""
             if token in ends:
@@ -351,11 +350,11 @@ class Session:
             views=turn.views,
         )
 
-    def _decode(self, token: int) -> np.ndarray:
-        """Run one sampled token. Returns logits float32 [1, V]."""
+    def _decode(self, token: int) -> StepOutputs:
+        """Run one sampled token."""
         outputs = self._step(Layout.of_text([token]), None)
         self._pending = None
-        return outputs.logits
+        return outputs
 
     def _step(self, layout: Layout, visual: VisualTokens | None) -> StepOutputs:
         lengths = self.backend.lengths

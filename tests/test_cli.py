@@ -286,8 +286,8 @@ def test_build_passes_its_arguments_on_and_names_the_output(tmp_path: Path, monk
     assert main(["build", str(folder)]) == 0
     assert main(["build", str(folder), "-o", "there", "--no-check", "--force"]) == 0
     assert calls == [
-        (folder, tmp_path / "my-export-ort", {"backend": "ort", "check": True, "force": False}),
-        (folder, Path("there"), {"backend": "ort", "check": False, "force": True}),
+        (folder, tmp_path / "my-export-ort", {"backend": "ort", "check": True, "force": False, "tensorrt": None}),
+        (folder, Path("there"), {"backend": "ort", "check": False, "force": True, "tensorrt": None}),
     ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from reroute.engines.dialects import ort
+from reroute.engines.dialects import ort, trt, trt_jp6
 
 DOMAIN = "reroute"
 
@@ -22,15 +22,25 @@ class Dialect:
         opsets: domains besides the default one, with versions.
         opset: version of the default domain to stamp the lowered graph with; None keeps the neutral graph's. The
             checker then holds every node to that version.
+        full_attention: standard Attention nodes without mask and cache (a vision tower's) are calls of
+            `RerouteFullAttention`, whose body the dialect has.
     """
 
     bodies: dict[str, str] = field(default_factory=dict)
     opsets: dict[str, int] = field(default_factory=dict)
     opset: int | None = None
+    full_attention: bool = False
 
 
 DIALECTS: dict[str, Dialect] = {
     "standard": Dialect(),
     # ONNX Runtime 1.23, the last for Python 3.10 (JetPack 6), knows opset 23; only TensorScatter needs 24.
     "ort": Dialect(bodies=ort.BODIES, opsets={"com.microsoft": 1}, opset=23),
+    "trt": Dialect(bodies=trt.BODIES, full_attention=True),
+    # TensorRT 10.0 to 10.3 document opsets 9 to 20.
+    "trt-jp6": Dialect(bodies=trt_jp6.BODIES, opset=20, full_attention=True),
 }
+
+# What the C++ plugin implements. In plugin form these stay nodes, without a function: a parser that finds both may take
+# the function and ignore the plugin in silence (TensorRT 10.0 to 10.6, and again from 10.15).
+PLUGIN_OPS = ("RerouteGather", "RerouteScatter", "RerouteSelect")

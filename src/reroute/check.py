@@ -6,7 +6,8 @@ runtime's own backend, so what is checked is what answers.
 
 Gates (fp32): vision features, every layer's cache and the logits within 1e-4 of the reference and cosine >= 0.9999;
 slots identical, except where scores tie within 1e-5 at the cut-off; all greedy tokens identical, except where the
-engine's own two best logits tie within 1e-5.
+engine's own two best logits tie within 1e-5. In fp16 differences are gated by the cosine alone, and what counts as a
+tie is what fp16 cannot tell apart: see `GATES`.
 """
 
 from __future__ import annotations
@@ -22,15 +23,49 @@ import numpy as np
 from reroute import scenario as scenarios
 from reroute.errors import UserError
 from reroute.manifest import Manifest
-from reroute.runtime.backend import Backend, open_backend
+from reroute.runtime.backend import Backend, BackendOptions, open_backend
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import Layout, StepInputs, lay_out
 from reroute.runtime.positions import Positions, VisualTokens
 from reroute.scenario import Arrays, Scenario
 
-TOLERANCE = 1e-4
-MARGIN = 1e-5
 COSINE = 0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """What a bundle of one dtype has to meet.
+
+    Attributes:
+        tolerance: largest absolute difference of features, caches and logits; inf leaves it to the cosine.
+        score_margin: scores (attention probabilities) this near the cut-off tie.
+        score_share: so do those within this share of it.
+        token_margin: two best logits this near tie.
+    """
+
+    tolerance: float
+    score_margin: float
+    score_share: float
+    token_margin: float
+
+    @property
+    def close(self) -> str:
+        """The numerical gate in words."""
+        return (f"<= {self.tolerance:g}, " if np.isfinite(self.tolerance) else "cosine ") + f">= {COSINE}"
+
+    @property
+    def slots(self) -> str:
+        """The gate of a decision in words."""
+        share = f" or {self.score_share:.0%}" if self.score_share else ""
+        return f"identical, ties within {self.score_margin:g}{share}"
+
+
+# fp16 has 11 bits: a score that passed through several layers is right to about 1 %, and logits between 8 and 16 come
+# in steps of 0.008, of which two may be lost.
+GATES = {
+    "float32": Gates(tolerance=1e-4, score_margin=1e-5, score_share=0.0, token_margin=1e-5),
+    "float16": Gates(tolerance=float("inf"), score_margin=1e-5, score_share=0.01, token_margin=0.02),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +112,7 @@ def check_bundle(
     image: Path | None = None,
     prompt: str | None = None,
     tokens: int = 64,
+    options: BackendOptions | None = None,
 ) -> CheckReport:
     """Compare a bundle with its torch reference.
 
@@ -86,6 +122,7 @@ def check_bundle(
         image: with `checkpoint`, the image to use instead of the probe's.
         prompt: with `checkpoint`, the question to use instead of the probe's words.
         tokens: with `checkpoint`, greedy tokens to compare.
+        options: how to run the bundle.
 
     Raises:
         UserError: not a bundle, or a checkpoint that is not the bundle's.
@@ -103,7 +140,7 @@ def check_bundle(
     else:
         expected = live_reference(opened, checkpoint, image=image, prompt=prompt, tokens=tokens)
         kind = "torch, live"
-    backend = open_backend(opened)
+    backend = open_backend(opened, options)
     measured = replay(backend, opened.manifest, expected)
     return CheckReport(reference=kind, rows=tuple(compare(opened.manifest, expected, measured)))
 
@@ -217,17 +254,18 @@ def _features(visual: VisualTokens) -> Arrays:
 
 def compare(manifest: Manifest, expected: Arrays, measured: Arrays) -> list[CheckRow]:
     """All gates of a replay."""
+    gates = GATES[manifest.dtype]
     floats = [name for name in ("visual_embeds", "visual_deepstack") if name in expected]
-    rows = [_close("vision", "features", floats, expected, measured)]
+    rows = [_close("vision", "features", floats, expected, measured, gates)]
     for high, wide in manifest.model.vision.grids:
         others = [f"{high}x{wide}.{name}" for name in floats]
         if others[0] in expected:
-            rows.append(_close("vision", f"features of {high} x {wide}", others, expected, measured))
+            rows.append(_close("vision", f"features of {high} x {wide}", others, expected, measured, gates))
     if manifest.schedule.nuwa is not None:
         rows.append(_places(expected["visual_places"], measured["visual_places"]))
     tied = False
     for stage in range(1, len(manifest.schedule.stages)):
-        row, tie = _slots(stage, expected, measured)
+        row, tie = _slots(stage, expected, measured, gates)
         rows.append(row)
         tied = tied or tie
     for number, stage in enumerate(manifest.schedule.stages):
@@ -239,19 +277,21 @@ def compare(manifest: Manifest, expected: Arrays, measured: Arrays) -> list[Chec
             # Other rows ran, rightly: their caches are not the reference's. The logits below still have to agree.
             rows.append(CheckRow(part=part, quantity=quantity, measured="tie above", gate="not compared", passed=True))
         else:
-            rows.append(_close(part, quantity, names, expected, measured))
-    rows.append(_close("prompt", "logits", ["prompt.logits"], expected, measured))
-    rows.append(_tokens(expected, measured))
-    rows.append(_close("later turn", "logits", ["turn.logits"], expected, measured))
+            rows.append(_close(part, quantity, names, expected, measured, gates))
+    rows.append(_close("prompt", "logits", ["prompt.logits"], expected, measured, gates))
+    rows.append(_tokens(expected, measured, gates))
+    rows.append(_close("later turn", "logits", ["turn.logits"], expected, measured, gates))
     return rows
 
 
-def _close(part: str, quantity: str, names: Sequence[str], expected: Arrays, measured: Arrays) -> CheckRow:
+def _close(
+    part: str, quantity: str, names: Sequence[str], expected: Arrays, measured: Arrays, gates: Gates
+) -> CheckRow:
     """Gate on the largest absolute difference, over all `names`, as Polygraphy computes it, and on the cosine."""
     from polygraphy.comparator import CompareFunc, IterationResult
     from polygraphy.logger import G_LOGGER
 
-    gate = f"<= {TOLERANCE:g}, >= {COSINE}"
+    gate = gates.close
     wrong = [name for name in names if expected[name].shape != measured[name].shape]
     if wrong:
         shapes = f"{wrong[0]} {list(measured[wrong[0]].shape)} for {list(expected[wrong[0]].shape)}"
@@ -261,7 +301,7 @@ def _close(part: str, quantity: str, names: Sequence[str], expected: Arrays, mea
         for arrays, runner in ((measured, "engine"), (expected, "torch"))
     ]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        same = CompareFunc.simple(atol=TOLERANCE, rtol=0.0, check_error_stat="max")(*results)
+        same = CompareFunc.simple(atol=gates.tolerance, rtol=0.0, check_error_stat="max")(*results)
     worst = max(float(same[name].max_absdiff) for name in names)
     cosine = min(_cosine(expected[name], measured[name]) for name in names)
     return CheckRow(
@@ -285,7 +325,7 @@ def _places(want: np.ndarray, got: np.ndarray) -> CheckRow:
     )
 
 
-def _slots(stage: int, expected: Arrays, measured: Arrays) -> tuple[CheckRow, bool]:
+def _slots(stage: int, expected: Arrays, measured: Arrays, gates: Gates) -> tuple[CheckRow, bool]:
     """Slots of a stage must be identical; a candidate may differ only if its score ties with the cut-off."""
     want, got = (
         set(expected[f"routes.{stage}"].ravel().tolist()),
@@ -296,26 +336,27 @@ def _slots(stage: int, expected: Arrays, measured: Arrays) -> tuple[CheckRow, bo
     score_of = dict(zip(candidates.tolist(), scores.tolist(), strict=True))
     kept = [score for slot, score in score_of.items() if slot in want]
     cut = min(kept) if kept else 0.0
-    tie = bool(different) and all(abs(score_of.get(slot, np.inf) - cut) <= MARGIN for slot in different)
+    margin = max(gates.score_margin, gates.score_share * cut)
+    tie = bool(different) and all(abs(score_of.get(slot, np.inf) - cut) <= margin for slot in different)
     row = CheckRow(
         part=f"stage {stage}",
         quantity="slots",
         measured=f"{len(want & got)} of {len(want)} equal" + (", the rest tie" if tie else ""),
-        gate=f"identical, ties within {MARGIN:g}",
+        gate=gates.slots,
         passed=len(want) == len(got) and (not different or tie),
     )
     return row, tie
 
 
-def _tokens(expected: Arrays, measured: Arrays) -> CheckRow:
+def _tokens(expected: Arrays, measured: Arrays, gates: Gates) -> CheckRow:
     """Greedy tokens, each given the reference's tokens before it."""
     equal = expected["tokens"] == measured["tokens"]
-    tied = ~equal & (measured["margins"] <= MARGIN)
+    tied = ~equal & (measured["margins"] <= gates.token_margin)
     return CheckRow(
         part="decode",
         quantity="greedy tokens",
         measured=f"{int(equal.sum())} of {len(equal)} equal" + (", the rest tie" if tied.any() else ""),
-        gate=f"identical, ties within {MARGIN:g}",
+        gate=f"identical, ties within {gates.token_margin:g}",
         passed=bool((equal | tied).all()),
     )
 

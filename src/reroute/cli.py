@@ -107,9 +107,22 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("export_dir", type=Path, metavar="DIR", help="made by `reroute export`")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: DIR with the backend's name added")
-    parser.add_argument("--backend", default="ort", help="engine library (default ort)")
+    parser.add_argument("--backend", default="ort", help="engine library: ort (default) or tensorrt")
     parser.add_argument("--no-check", action="store_true", help="do not compare with the recorded reference")
     parser.add_argument("--force", action="store_true", help="replace the output directory")
+    group = parser.add_argument_group("with --backend tensorrt")
+    group.add_argument("--target", metavar="T", help="machine: orin-jp6, orin-jp7, thor-jp7 or datacenter")
+    group.add_argument(
+        "--onnx-only", action="store_true", help="stop before TensorRT: graphs and a script for the device"
+    )
+    group.add_argument("--form", metavar="F", help="native, or plugin (default with --plugin)")
+    group.add_argument("--dtype", metavar="D", help="float16 (default) or float32")
+    group.add_argument("--plugin", type=Path, metavar="LIBRARY", help="the C++ plugin, for the form plugin")
+    group.add_argument("--memory-gib", type=positive, metavar="N", help="of the machine; default: the target's largest")
+    group.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="measured tactics: read if it exists, and written"
+    )
+    group.add_argument("--workspace-mib", type=positive, metavar="N", help="scratch of one layer; default: no limit")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +149,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from this share of the probability only")
     parser.add_argument("--seed", type=int, default=0, help="of the random draw (default 0)")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
+    _provider(parser)
     parser.add_argument("--picture", type=Path, metavar="FILE", help=_PICTURE_HELP)
     parser.add_argument("--interactive", action="store_true", help="read turns from the terminal")
     _json(parser)
@@ -147,6 +161,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, metavar="FILE", help="instead of the recorded input")
     parser.add_argument("--prompt", metavar="TEXT", help="instead of the recorded input")
     parser.add_argument("--tokens", type=positive, default=64, help="tokens to compare (default 64)")
+    _provider(parser)
     _json(parser)
 
 
@@ -178,6 +193,15 @@ def add_question_set(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset-split", metavar="NAME", help="default: the first that the dataset has")
     data.add_argument("--protocol", help="lmms-eval (default) or llava: how questions are asked and graded")
     data.add_argument("--limit", type=positive, metavar="N", help="ask the first N questions only")
+
+
+def _provider(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--provider",
+        default="cpu",
+        metavar="P",
+        help="where ONNX Runtime runs: cpu (default), cuda, or tensorrt with CUDA behind it",
+    )
 
 
 def _json(parser: argparse.ArgumentParser) -> None:

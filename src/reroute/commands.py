@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reroute import report
 from reroute.cost import Plan, plan_for, resolve
@@ -19,6 +19,9 @@ from reroute.errors import EXIT_FAILURE, EXIT_GATE, EXIT_OK, UserError
 from reroute.folders import check_output
 from reroute.manifest import FILE_NAME, Capacity, Manifest, Model
 from reroute.routing import RoutingSpec
+
+if TYPE_CHECKING:
+    from reroute.engines import TensorRTOptions
 
 
 def export(args: argparse.Namespace) -> int:
@@ -63,8 +66,10 @@ def build(args: argparse.Namespace) -> int:
     _need_folder(args.export_dir, "export")
     from reroute.engines import build as build_bundle
 
+    tensorrt = _tensorrt_options(args)
     folder = args.export_dir.resolve()
-    output = args.output or folder.parent / f"{folder.name}-{args.backend}"
+    suffix = f"{args.backend}-lowered" if args.onnx_only else args.backend
+    output = args.output or folder.parent / f"{folder.name}-{suffix}"
     manifest = build_bundle(
         args.export_dir,
         output,
@@ -72,19 +77,62 @@ def build(args: argparse.Namespace) -> int:
         check=not args.no_check,
         force=args.force,
         progress=progress,
+        tensorrt=tensorrt,
     )
+    if manifest.kind == "lowered":
+        plugin = " --plugin LIBRARY" if manifest.lowering and manifest.lowering.plugin_nodes else ""
+        progress(f"lowered to {output} ({_folder_size(manifest)})")
+        progress(f"next, on the device: python3 {output.name}/build_engine.py {output.name} -o BUNDLE{plugin}")
+        return EXIT_OK
     progress(f"built {output} ({_folder_size(manifest)}), check: {_verdict(manifest)}")
     progress(f"next: reroute run {output} --image FILE --prompt TEXT")
     return EXIT_OK
+
+
+def _tensorrt_options(args: argparse.Namespace) -> TensorRTOptions | None:
+    """Options of a TensorRT build; None for another backend, which takes none of them. Raises UserError."""
+    names = ("target", "onnx_only", "form", "dtype", "plugin", "memory_gib", "timing_cache", "workspace_mib")
+    if args.backend != "tensorrt":
+        if given := [name for name in names if getattr(args, name)]:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} has no meaning for the backend {args.backend}",
+                hint="add --backend tensorrt",
+            )
+        return None
+    from reroute.engines import TensorRTOptions
+    from reroute.engines.build_engine import Options
+    from reroute.engines.targets import GIB, TARGETS, LoweringOptions
+
+    if args.target is None:
+        raise UserError("a TensorRT engine needs a target", hint=f"add --target T; supported: {', '.join(TARGETS)}")
+    form = args.form or ("plugin" if args.plugin else "native")
+    lowering = LoweringOptions(
+        target=args.target,
+        form=form,
+        dtype=args.dtype or "float16",
+        memory_bytes=args.memory_gib * GIB if args.memory_gib else None,
+    )
+    engine = Options(
+        plugin=args.plugin if form == "plugin" else None,
+        timing_cache=args.timing_cache,
+        workspace_mib=args.workspace_mib or 0,
+    )
+    return TensorRTOptions(lowering=lowering, only_lower=args.onnx_only, engine=engine)
 
 
 def check(args: argparse.Namespace) -> int:
     """Compare a bundle with the reference."""
     _need_folder(args.bundle, "bundle")
     from reroute.check import check_bundle
+    from reroute.runtime.backend import BackendOptions
 
     result = check_bundle(
-        args.bundle, checkpoint=args.checkpoint, image=args.image, prompt=args.prompt, tokens=args.tokens
+        args.bundle,
+        checkpoint=args.checkpoint,
+        image=args.image,
+        prompt=args.prompt,
+        tokens=args.tokens,
+        options=BackendOptions(provider=args.provider),
     )
     if args.json:
         print_json(result.to_dict())
@@ -136,6 +184,8 @@ def doctor(args: argparse.Namespace) -> int:
             for u in diagnosis.commands
         ]
         report.print_pairs(usable, out, title="commands")
+        if diagnosis.notes:
+            report.print_pairs([("-", line) for line in diagnosis.notes], out, title="engine libraries")
         report.print_pairs([("-", line) for line in diagnosis.not_proven], out, title="not proven on the project's CI")
     return EXIT_OK if diagnosis.runtime_usable else EXIT_FAILURE
 
@@ -168,6 +218,7 @@ def _print_manifest(manifest: Manifest, path: Path) -> None:
         ("visual tokens per layer", f"{manifest.average_visual_tokens:.1f} (measured average)"),
         ("capacity", f"{manifest.capacity.max_text} text tokens, {manifest.capacity.max_images} images"),
         ("check", _verdict(manifest)),
+        *_engine_facts(manifest),
     ]
     report.print_pairs(facts, out, title=f"{path}: {manifest.kind}")
     stages = [
@@ -190,6 +241,19 @@ def _verdict(manifest: Manifest) -> str:
     if manifest.check is None:
         return "not checked"
     return f"{'passed' if manifest.check.get('passed') else 'FAILED'} (reference: {manifest.check.get('reference')})"
+
+
+def _engine_facts(manifest: Manifest) -> list[tuple[str, object]]:
+    """What a TensorRT bundle was lowered for and where it was built."""
+    facts: list[tuple[str, object]] = []
+    if (lowering := manifest.lowering) is not None:
+        plugins = ", ".join(f"{count} {name}" for name, count in lowering.plugin_nodes.items())
+        form = f"{lowering.form} form" + (f" ({plugins})" if plugins else "")
+        facts.append(("lowered for", f"{lowering.target}, TensorRT {lowering.tensorrt_min} or later, {form}"))
+    if (engine := manifest.engine) is not None:
+        where = f"{engine.device} (compute capability {engine.compute_capability}), {engine.platform}"
+        facts.append(("engine", f"TensorRT {engine.tensorrt} for {where}"))
+    return facts
 
 
 def _model_facts(model: Model) -> list[tuple[str, object]]:

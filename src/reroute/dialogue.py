@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     start = time.perf_counter()
-    with Session.open(args.bundle, threads=args.threads) as session:
+    with Session.open(args.bundle, threads=args.threads, provider=args.provider) as session:
         load_ms = (time.perf_counter() - start) * 1000
         if args.interactive:
             replies = interactive(session, sys.stdin, sampling, args.max_new_tokens)

@@ -33,7 +33,7 @@ _CPU_FEATURES = (
 _ORT = ("onnxruntime", "onnxruntime-gpu")
 _PACKAGES = (
     *("numpy", "pillow", "tokenizers", "jinja2", "rich", *_ORT, "onnx", "polygraphy"),
-    *("torch", "transformers", "onnxscript", "safetensors", "tensorrt", "tensorrt-llm"),
+    *("torch", "transformers", "onnxscript", "safetensors", "tensorrt", "cuda-python", "tensorrt-llm"),
 )
 _CORE = ("jinja2", "numpy", "pillow", "rich", "tokenizers")
 
@@ -46,9 +46,11 @@ COMMANDS: dict[str, tuple[str, tuple[str | tuple[str, ...], ...]]] = {
 }
 
 NOT_PROVEN = (
-    "TensorRT and TensorRT-LLM: this version builds ONNX Runtime bundles only",
+    "TensorRT: graphs are checked against its documented rules and run in ONNX Runtime, names against its real Python "
+    "bindings; no engine was built or run",
+    "TensorRT-LLM: the written checkpoint and engine directory follow its documented layout; nothing was run",
     "Jetson: the runtime is written for it (Python 3.10, no torch) but CI has none to run it on",
-    "CUDA provider of ONNX Runtime: CI has no GPU",
+    "CUDA and TensorRT providers of ONNX Runtime: CI has no GPU",
 )
 
 
@@ -74,6 +76,7 @@ class Diagnosis:
     packages: dict[str, str | None]
     providers: tuple[str, ...]
     commands: tuple[Usable, ...]
+    notes: tuple[str, ...] = ()
     not_proven: tuple[str, ...] = NOT_PROVEN
 
     @property
@@ -98,7 +101,41 @@ def diagnose() -> Diagnosis:
         packages=packages,
         providers=providers,
         commands=usable_commands(packages, providers),
+        notes=engine_notes(packages),
     )
+
+
+def engine_notes(packages: Mapping[str, str | None]) -> tuple[str, ...]:
+    """What the installed TensorRT and TensorRT-LLM can do with this project's engines."""
+    notes = []
+    if version := packages.get("tensorrt"):
+        release = _release(version)
+        if release < (10, 3) or release >= (12, 0):
+            notes.append(f"TensorRT {version}: engines are built with 10.3 to 11.x only")
+        elif release < (10, 15):
+            notes.append(f"TensorRT {version}: builds the target orin-jp6 (primitive operators) only")
+        else:
+            notes.append(f"TensorRT {version}: builds every target")
+        if not packages.get("cuda-python"):
+            notes.append(
+                "TensorRT engines run with cuda-python, which is not installed: pip install 'reroute[tensorrt]'"
+            )
+    if version := packages.get("tensorrt-llm"):
+        if _release(version) >= (1, 3):
+            notes.append(
+                f"TensorRT-LLM {version} has no engine backend (the last is 1.2.x): it cannot load our engines"
+            )
+        else:
+            notes.append(
+                f"TensorRT-LLM {version}: its runtime.Session loads the decoder engine, and trtllm-build the dense "
+                "baseline; its GenerationSession cannot route, one cache length is all it has"
+            )
+    return tuple(notes)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(10, 3) of "10.3.0": major and minor."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def usable_commands(packages: Mapping[str, str | None], providers: tuple[str, ...]) -> tuple[Usable, ...]:

@@ -244,13 +244,70 @@ class File:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Span:
+    """Shapes of one input that an engine's optimisation profile allows, and the one that it is tuned for."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowering:
+    """What TensorRT graphs were lowered for: all that the build on the device needs besides the graphs.
+
+    Attributes:
+        target: name in `reroute.engines.targets`.
+        dialect: bodies of the graphs.
+        form: "native": standard operators only; "plugin": nodes of the C++ plugin are left.
+        tensorrt_min: lowest TensorRT version whose rules the graphs pass, "10.3".
+        plugin_nodes: nodes of each plugin op in the decoder; empty for "native".
+        profiles: for each part its optimisation profiles in order, with the span of every dynamic input.
+    """
+
+    target: str
+    dialect: str
+    form: Literal["native", "plugin"]
+    tensorrt_min: str
+    plugin_nodes: dict[str, int]
+    profiles: dict[str, dict[str, dict[str, Span]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineBuild:
+    """Where and with what a TensorRT engine was built: it runs nowhere else, so the runtime compares before loading.
+
+    Attributes:
+        tensorrt: full version of the builder.
+        compute_capability: of the GPU, "8.7".
+        device: name of the GPU.
+        platform: operating system and machine, "linux-aarch64".
+        hardware_compatibility: "none", or the level that lets other GPUs load the engine.
+        version_compatible: whether later TensorRT versions of the same major may load the engine.
+        plugin_file: the plugin library in the bundle; empty without one.
+        plugin_layers: plugin layers counted in the built decoder.
+        device_memory_bytes: scratch memory of each part's engine.
+    """
+
+    tensorrt: str
+    compute_capability: str
+    device: str
+    platform: str
+    hardware_compatibility: str
+    version_compatible: bool
+    plugin_file: str
+    plugin_layers: int
+    device_memory_bytes: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that a stage needs to know of the one before it.
 
     Attributes:
         schema_version: raised when a reader of the older form would go wrong.
-        kind: "export" (neutral graphs) or "bundle" (lowered for `backend`).
-        backend: "neutral", "ort", later "tensorrt".
+        kind: "export" (neutral graphs), "lowered" (TensorRT graphs, still to be built on the device) or "bundle".
+        backend: "neutral", "ort" or "tensorrt".
         dtype: dtype of weights, visual embeddings and caches in the graphs.
         routing: the spec as the user wrote it.
         schedule: the spec resolved to stages.
@@ -261,10 +318,12 @@ class Manifest:
         estimates: bytes and FLOPs of the plan (see `reroute.cost`).
         versions: of everything that wrote or lowered the graphs.
         check: result of the last check, or None.
+        lowering: of TensorRT graphs; None for other backends.
+        engine: of built TensorRT engines; None for other backends.
     """
 
     schema_version: int = SCHEMA_VERSION
-    kind: Literal["export", "bundle"]
+    kind: Literal["export", "lowered", "bundle"]
     backend: str
     dtype: str
     model: Model
@@ -278,6 +337,8 @@ class Manifest:
     estimates: dict[str, float]
     versions: dict[str, str]
     check: dict[str, Any] | None = field(default=None)
+    lowering: Lowering | None = None
+    engine: EngineBuild | None = None
 
     def to_json(self) -> str:
         """Canonical JSON text: two manifests of equal content are equal byte for byte."""
@@ -286,6 +347,8 @@ class Manifest:
         for name in ("parts", "files", "estimates", "versions"):
             data[name] = dict(sorted(data[name].items()))
         data["model"]["num_parameters"] = dict(sorted(data["model"]["num_parameters"].items()))
+        # Left out where they say nothing, so that readers from before TensorRT still take other bundles.
+        data = {name: value for name, value in data.items() if value is not None or name == "check"}
         return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, folder: Path) -> None:

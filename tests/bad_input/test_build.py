@@ -81,7 +81,7 @@ def test_bundle_for_an_export(bundle: Path, refused: Refused) -> None:
     refused("build", bundle, "-o", bundle.parent / "out", says=["is a bundle, not an export", "reroute export"])
 
 
-@pytest.mark.parametrize("name", ["orrt", "tensorrt", "a/b", ""])
+@pytest.mark.parametrize("name", ["orrt", "tensort", "a/b", ""])
 def test_unknown_backend(name: str, exported: Path, refused: Refused) -> None:
     refused("build", exported, "--backend", name, says=[f"unknown backend {name!r}", "supported: ort"])
 

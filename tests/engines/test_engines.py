@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import torch
 from reroute import scenario
 from reroute.check import check_bundle
 from reroute.engines import build
-from reroute.engines.lower import lower
+from reroute.engines.lower import lower, plugin_nodes, with_functions
+from reroute.engines.targets import Form
 from reroute.errors import GateError, RerouteError
 from reroute.export import export_checkpoint, resolve
 from reroute.export.checkpoint import Checkpoint
@@ -40,37 +44,46 @@ ROUTINGS = {
 STEPS = [(9, 36), (1, 0), (1, 0), (11, 0), (6, 36), (1, 0), (3, 0)]
 
 
-@pytest.fixture(scope="module", params=ROUTINGS)
-def exported(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / "export"
-    export_checkpoint(tiny_checkpoint, folder, routing=ROUTINGS[request.param])
-    return folder
+# Every routing in every dialect; the plugin form, which computes the same by other nodes, where it differs.
+FORMS: list[tuple[str, str, Form]] = [
+    *((routing, dialect, "native") for routing in ROUTINGS for dialect in ("standard", "ort", "trt", "trt-jp6")),
+    *((routing, "trt", "plugin") for routing in ("reroute", "removal", "renumbered")),
+    ("reroute", "trt-jp6", "plugin"),
+]
 
 
-@pytest.mark.parametrize("dialect", ["standard", "ort"])
-def test_every_phase_of_the_one_graph_equals_torch(
-    exported: Path, tiny_checkpoint: Path, dialect: str, tmp_path: Path
-) -> None:
-    """Prompt, decode, text-only turn and second image through one session of the one graph."""
-    opened = Checkpoint.open(tiny_checkpoint)
-    family = family_of(opened)
-    manifest = Manifest.load(exported)
-    decoder = family.build_decoder(opened, manifest.model, manifest.schedule)
+@dataclasses.dataclass
+class Reference:
+    """An export, and the torch decoder driven through STEPS: feeds without caches, and what torch gave for each."""
+
+    folder: Path
+    manifest: Manifest
+    feeds: list[dict[str, np.ndarray]]
+    logits: list[np.ndarray]
+    routes: list[list[np.ndarray]]
+    caches: list[dict[str, np.ndarray]]  # valid rows after the step
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    """Export and torch run of a routing, made once."""
+
+    @functools.cache
+    def make(routing: str) -> Reference:
+        folder = tmp_path_factory.mktemp(routing) / "export"
+        export_checkpoint(tiny_checkpoint, folder, routing=ROUTINGS[routing])
+        return drive_torch(folder, tiny_checkpoint)
+
+    return make
+
+
+def drive_torch(folder: Path, checkpoint: Path) -> Reference:
+    opened = Checkpoint.open(checkpoint)
+    manifest = Manifest.load(folder)
+    decoder = family_of(opened).build_decoder(opened, manifest.model, manifest.schedule)
     run = RecordingDecoder(decoder, capacity=200)
-    shutil.copyfile(exported / "decoder.onnx.data", tmp_path / "decoder.onnx.data")
-    model = lower(onnx.load(exported / "decoder.onnx", load_external_data=False), dialect)
-    onnx.save(model, tmp_path / "decoder.onnx")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(tmp_path / "decoder.onnx", options)
+    made = Reference(folder, manifest, [], [], [], [])
     text = manifest.model.text
-    caches = {
-        f"{layer}.{part}": np.full((1, text.num_kv_heads, 200, text.head_dim), np.nan, dtype=np.float32)
-        for layer in range(text.num_layers)
-        for part in ("key", "value")
-    }
-    if dialect == "standard":  # its mask multiplies unused rows by zero, which NaN survives
-        caches = {name: np.zeros_like(cache) for name, cache in caches.items()}
     generator = torch.Generator().manual_seed(3)
     for num_text, num_visual in STEPS:
         rows = num_text + num_visual
@@ -82,27 +95,73 @@ def test_every_phase_of_the_one_graph_equals_torch(
         slots = torch.tensor([s for s in range(rows) if s not in set(visual.tolist())])
         expected = run.step(ids, embeds, slots, visual)
         cos, sin = (torch.stack(part).squeeze(0) for part in zip(*tables, strict=True))
-        feed = {
-            "input_ids": ids.numpy(),
-            "visual_embeds": embeds.numpy(),
-            "text_slots": slots.numpy(),
-            "visual_slots": visual.numpy(),
-            "rope_cos": cos.numpy(),
-            "rope_sin": sin.numpy(),
-            "kv_len": np.asarray(run.lengths, dtype=np.int32),
-            **{f"past_key_values.{name}": cache for name, cache in caches.items()},
-        }
-        names = [output.name for output in session.get_outputs()]
+        made.feeds.append(
+            {
+                "input_ids": ids.numpy(),
+                "visual_embeds": embeds.numpy(),
+                "text_slots": slots.numpy(),
+                "visual_slots": visual.numpy(),
+                "rope_cos": cos.numpy(),
+                "rope_sin": sin.numpy(),
+                "kv_len": np.asarray(run.lengths, dtype=np.int32),
+            }
+        )
+        made.logits.append(expected.logits.numpy())
+        made.routes.append([route.numpy() for route in expected.routes])
+        made.caches.append(
+            {
+                f"{layer}.{part}": tensor[:, :, : run.lengths[run.schedule.stage_of_layer(layer)]].numpy().copy()
+                for layer, cache in enumerate(run.past)
+                for part, tensor in zip(("key", "value"), cache, strict=True)
+            }
+        )
+    return made
+
+
+@pytest.mark.parametrize(("routing", "dialect", "form"), FORMS)
+def test_every_phase_of_the_one_graph_equals_torch(
+    reference: Callable[[str], Reference], routing: str, dialect: str, form: Form, tmp_path: Path
+) -> None:
+    """Prompt, decode, text-only turn and second image through one session of the one graph."""
+    torch_run = reference(routing)
+    shutil.copyfile(torch_run.folder / "decoder.onnx.data", tmp_path / "decoder.onnx.data")
+    neutral = onnx.load(torch_run.folder / "decoder.onnx", load_external_data=False)
+    model = lower(neutral, dialect, form=form)
+    if form == "plugin":  # the nodes are TensorRT's; to run them here they get their functions back
+        assert set(plugin_nodes(model)) >= {"RerouteSelect", "RerouteScatter"}
+        model = with_functions(model, neutral, dialect)
+    counts: list[str] = []
+    if dialect.startswith("trt"):  # what TensorRT asks of TopK: K of at least 1, also in decode
+        counts = [node.input[1] for node in model.graph.node if node.op_type == "TopK"]
+        assert counts or form == "plugin" or routing == "dense"
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(counts))
+    onnx.save(model, tmp_path / "decoder.onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(tmp_path / "decoder.onnx", options)
+    text = torch_run.manifest.model.text
+    # The masks of the other dialects multiply unused rows by zero, which NaN survives.
+    unused = np.nan if dialect == "ort" else 0
+    caches = {
+        f"{layer}.{part}": np.full((1, text.num_kv_heads, 200, text.head_dim), unused, dtype=np.float32)
+        for layer in range(text.num_layers)
+        for part in ("key", "value")
+    }
+    names = [output.name for output in session.get_outputs()]
+    steps = zip(torch_run.feeds, torch_run.logits, torch_run.routes, torch_run.caches, strict=True)
+    for feed, logits, routes, valid in steps:
+        feed = feed | {f"past_key_values.{name}": cache for name, cache in caches.items()}
         outputs: dict[str, Any] = dict(zip(names, session.run(names, feed), strict=True))
-        caches = {name: outputs[f"present.{name}"] for name in caches}
-        np.testing.assert_allclose(outputs["logits"], expected.logits.numpy(), atol=1e-4)
-        for stage, route in enumerate(expected.routes, start=1):
-            np.testing.assert_array_equal(outputs[f"routes.{stage}"], route.numpy())
-        for layer, cache in enumerate(run.past):
-            valid = run.lengths[run.schedule.stage_of_layer(layer)]
-            for part, tensor in zip(("key", "value"), cache, strict=True):
-                have = caches[f"{layer}.{part}"][:, :, :valid]
-                np.testing.assert_allclose(have, tensor[:, :, :valid].numpy(), atol=1e-4)
+        before, caches = caches, {name: outputs[f"present.{name}"] for name in caches}
+        np.testing.assert_allclose(outputs["logits"], logits, atol=1e-4)
+        for stage, route in enumerate(routes, start=1):
+            np.testing.assert_array_equal(outputs[f"routes.{stage}"], route)
+        for name, rows in valid.items():
+            length = rows.shape[2]
+            np.testing.assert_allclose(caches[name][:, :, :length], rows, atol=1e-4)
+            if dialect != "ort":  # whose present is defined up to kv_len only, unless it is past's own buffer
+                np.testing.assert_array_equal(caches[name][:, :, length:], before[name][:, :, length:])
+        assert all(int(outputs[name].ravel()[0]) >= 1 for name in counts)
 
 
 def test_the_lowered_graph_holds_no_op_of_ours_and_no_transpose_of_a_weight(tiny_bundle: Path) -> None:
@@ -215,8 +274,6 @@ def test_manifest_says_what_was_built(tiny_bundle: Path, tiny_checkpoint: Path) 
 
 
 def _rehash(folder: Path) -> None:
-    import dataclasses
-
     from reroute.manifest import file_table
 
     dataclasses.replace(Manifest.load(folder), files=file_table(folder)).save(folder)
