@@ -124,7 +124,7 @@ def aligned(size: int) -> int:
 
 def step_arrays(inputs: StepInputs, kv_len: np.ndarray) -> dict[str, np.ndarray]:
     """The step's inputs by the engine's names."""
-    return {**vars(inputs), "kv_len": kv_len}
+    return {**inputs.arrays(), "kv_len": kv_len}
 
 
 def profile_of_step(inputs: StepInputs) -> str:

@@ -351,6 +351,16 @@ def test_boxes_are_shares_of_what_the_model_saw(text: str, boxes: Any, box: tupl
 
 
 @pytest.mark.slow
+def test_tensorrt_refuses_by_name(make: Make, tmp_path: Path) -> None:
+    from reroute.engines import build
+
+    export = make("qwen2_5_vl", KEEP_ALL).parent / "export"
+    with pytest.raises(UserError, match="this export has 3 grids"):
+        build(export, tmp_path / "out", backend="tensorrt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_more_than_the_capacity_is_refused(make: Make) -> None:
     with Session.open(make("qwen2_5_vl", KEEP_ALL), threads=1) as session, pytest.raises(UserError, match="cache rows"):
         session.ask("where?", [WIDE] * 20)
