@@ -86,12 +86,10 @@ def build(
     if output.resolve() == export_dir.resolve():
         raise UserError("the bundle would overwrite the export", hint="choose another output with -o")
     check_output(output, force=force)
-    if backend == "tensorrt" and (manifest.model.vision.grids or not manifest.schedule.fixed):
-        raise UserError(
-            "TensorRT engines have one vision graph and budgets in tokens of one pool; this export has "
-            f"{len(manifest.model.vision.all_grids)} grids and budgets {manifest.routing!r}",
-            hint="build it for ONNX Runtime: --backend ort",
-        )
+    if backend == "tensorrt":
+        from reroute.engines.lowered import require_fixed_shapes
+
+        require_fixed_shapes(manifest)
     if backend == "tensorrt" and tensorrt is None:
         raise UserError("a TensorRT engine needs a target", hint=f"add --target T; supported: {', '.join(TARGETS)}")
     tell("verifying the export")

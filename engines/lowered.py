@@ -37,11 +37,9 @@ def lower_export(
     """Write the lowered folder of a verified export into `folder`, which exists, and return its manifest.
 
     Raises:
-        UserError: the model has what is not lowered for TensorRT yet, the engine cannot fit the machine, a weight does
-            not fit fp16, or a graph breaks a rule.
+        UserError: the engine cannot fit the machine, a weight does not fit fp16, or a graph breaks a rule.
     """
     target = target_named(options.target)
-    require_fixed_shapes(manifest)
     estimates = require_memory(manifest, options, target)
     graphs = {part.file for part in manifest.parts.values()}
     data = {f"{file}.data" for file in graphs}
