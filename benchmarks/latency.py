@@ -3,7 +3,8 @@
     python benchmarks/latency.py out/dense out/ninth --checkpoint demo/model --text 64 --repeat 30 -o out/latency
 
 The bundles are measured by `reroute.bench`, which says what its figures include. The rows of transformers are the
-language model of `LlavaForConditionalGeneration` with a cache and `logits_to_keep=1`, on random embeddings of as many rows:
+language model of `LlavaForConditionalGeneration` with a cache and `logits_to_keep=1`, on random embeddings of as many
+rows:
 
 * prefill: the prompt's forward. Vision is not run, so there is no vision and no end-to-end figure.
 * decode: forward of one token, mean over the decode steps.

@@ -6,12 +6,14 @@ each other, round by round. The ratio of the median round has a bootstrap interv
 
 * worse: the whole interval lies above the tolerance. Noise widens the interval; it does not fail the gate.
 * better: the whole interval lies below 1 by the tolerance.
-* unclear: the ratio is above the tolerance but not its whole interval, or the interval is so wide that twice the
-  tolerance lies in it: such a run shows nothing, and is not called ok.
+* unclear: the ratio is above the tolerance but not its whole interval, or the interval is so wide that 1.5 times
+  the tolerance lies in it: such a run shows nothing, and is not called ok.
 * ok: everything else.
 
 Memory hardly varies, so its medians are compared as they are. What is worse or unclear is measured again where that is
-possible; only what is worse there as well fails, and what is worse in the first run alone is *not confirmed*.
+possible, and the second run decides: worse there, or above the tolerance in both runs with the second's interval above
+half of it, which two runs do not show by chance, is a confirmed regression. What was worse in the first run alone is
+*not confirmed* and passes.
 """
 
 from __future__ import annotations
@@ -71,6 +73,16 @@ class Finding:
     def suspected(self) -> bool:
         """A second run should look at it."""
         return self.verdict in ("worse", "unclear")
+
+    @property
+    def above(self) -> bool:
+        """The ratio is above the tolerance, by chance or not."""
+        return self.ratio.value > 1 + self.tolerance
+
+    @property
+    def likely(self) -> bool:
+        """Enough where another run was above as well."""
+        return self.above and self.ratio.low > 1 + self.tolerance / 2
 
 
 def compare_runs(base: Run, new: Run, tolerance: Tolerance, *, baseline: str | None = None) -> list[Finding]:
@@ -153,8 +165,8 @@ def confirm(first: Sequence[Finding], again: Callable[[], Sequence[Finding]]) ->
     for one in first:
         found = second.get(one.key)
         if one.suspected and found is not None:
-            if found.verdict == "worse":
-                one = replace(found, confirmed=True)
+            if found.verdict == "worse" or (one.above and found.likely):
+                one = replace(found, verdict="worse", confirmed=True)
             else:
                 one = replace(found, verdict="not confirmed" if one.verdict == "worse" else found.verdict)
         result.append(one)
@@ -170,7 +182,7 @@ def _latency(
         verdict = "worse"
     elif ratio.high < 1 - tolerance:
         verdict = "better"
-    elif ratio.value > 1 + tolerance or ratio.high > 1 + 2 * tolerance:
+    elif ratio.value > 1 + tolerance or ratio.high > 1 + 1.5 * tolerance:
         verdict = "unclear"
     return Finding(
         candidate=candidate,
