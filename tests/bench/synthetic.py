@@ -29,7 +29,7 @@ MEMORY = {
     "cache_bytes": 12 * MEBIBYTE,
     "weight_bytes": 70 * MEBIBYTE,
 }
-Factors = Mapping[tuple[str, str], float]  # (candidate, quantity) -> planted change; "*" is every candidate
+Factors = dict[tuple[str, str], float]  # (candidate, quantity) -> planted change; "*" is every candidate
 
 
 def run_of(

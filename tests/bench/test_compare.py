@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,9 @@ import pytest
 from reroute.bench import compare_command
 from reroute.bench.compare import Finding, Tolerance, compare_pair, compare_runs, confirm
 from reroute.bench.document import parse, to_json
-from reroute.cli import main
+from reroute.cli import build_parser, main
 from tests.bench.synthetic import DENSE, ROUTED, TIMES, Factors, run_of
+from tests.conftest import REPOSITORY
 
 SLOWER: Factors = {(ROUTED, "prefill_ms"): 1.10}
 LARGER: Factors = {(ROUTED, "peak_rss_bytes"): 1.03}
@@ -355,3 +358,44 @@ def assert_one_error(capsys: pytest.CaptureFixture[str], message: str, hint: str
     assert message in error
     assert blank == ""
     assert hint in advice
+
+
+def test_files_are_confirmed_by_measuring_the_bundles_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+):
+    """With twice the rounds and the settings of NEW, and only when something is suspected."""
+    asked: list[Any] = []
+
+    def bench(bundles: Any, settings: Any) -> dict[str, Any]:
+        asked.append((list(bundles), settings))
+        return run_of(3, repeat=settings.repeat, **again)
+
+    monkeypatch.setattr(compare_command, "bench", bench)
+    times = {DENSE: TIMES[DENSE], ROUTED: TIMES[ROUTED]}
+    base = save(tmp_path / "base.json", run_of(1, tokens=8))
+    again: dict[str, Any] = {"tokens": 8}
+    calm, slow = (save(tmp_path / f"{seed}.json", run_of(seed, p, tokens=8)) for seed, p in ((4, {}), (2, SLOWER)))
+    assert gate(base, slow, "--confirm", tiny_bundle) == 2  # the bundle's own name is that of the routed row only
+    assert "--confirm lacks dense" in capsys.readouterr().err
+    monkeypatch.setattr(compare_command, "names_of", lambda bundles: list(times)[: len(bundles)])
+    monkeypatch.setattr(compare_command, "open_bundles", lambda paths, settings: list(paths))
+    both = [tiny_bundle, tiny_bundle]
+    assert gate(base, calm, "--confirm", *both) == 0
+    assert asked == []
+    assert gate(base, slow, "--confirm", *both) == 0
+    ((names, settings),) = asked
+    assert names == [DENSE, ROUTED]
+    assert (settings.repeat, settings.tokens, settings.text) == (60, 8, (64,))
+    again["device"] = "orin"
+    capsys.readouterr()
+    assert gate(base, slow, "--confirm", *both) == 2
+    assert_one_error(capsys, "this machine is orin, NEW was measured on cpu-2c-8gib", "confirm it there")
+
+
+def test_the_commands_of_the_guide_parse():
+    text = (REPOSITORY / "docs" / "ci.md").read_text(encoding="utf-8")
+    commands = re.findall(r"(?<![\w`#-] )\breroute (bench|compare) ([^|&`\n]+)", text)
+    assert {name for name, _ in commands} == {"bench", "compare"}
+    for name, words in commands:
+        if not words.startswith("BASE"):
+            build_parser().parse_args([name, *shlex.split(words)])
