@@ -85,6 +85,8 @@ def build_parser() -> Parser:
     _add_run(command("run", "Ask a bundle about images."))
     _add_check(command("check", "Compare a bundle with the torch reference; exit 3 when a gate fails."))
     _add_eval(command("eval", "Score bundles on questions with known answers, and compare them."))
+    _add_bench(command("bench", "Measure latency and memory of bundles, interleaved, with raw samples."))
+    _add_compare(command("compare", "Compare two measurements or two bundles; exit 3 when one got slower or larger."))
     inspect = command("inspect", "Say what a checkpoint, an export or a bundle is.")
     inspect.add_argument("path", type=Path, metavar="PATH")
     _json(inspect)
@@ -174,6 +176,54 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add_question_set(parser)
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="one of them dense, for ratios")
+    add_measurement(parser, repeat=10)
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="write bench.json, bench.csv and bench.md there"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the output directory")
+    _json(parser)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Two bundles are measured here, in the same rounds. Of two bench.json files latencies are compared by their "
+        "ratio to the dense bundle of the same run."
+    )
+    parser.add_argument(
+        "base", type=Path, metavar="BASE", help="bundle, bench.json, or a folder of them by device (DEVICE.json)"
+    )
+    parser.add_argument("new", type=Path, metavar="NEW", help="bundle or bench.json, as BASE")
+    parser.add_argument("--latency", type=share, default=0.05, metavar="P", help="may grow by this (default 5%%)")
+    parser.add_argument("--memory", type=share, default=0.02, metavar="P", help="may grow by this (default 2%%)")
+    files = parser.add_argument_group("files")
+    files.add_argument("--baseline", metavar="NAME", help="divide latency by this candidate; default: the dense one")
+    files.add_argument(
+        "--confirm",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="a second run of NEW, or NEW's bundles to measure again; a regression must show there as well",
+    )
+    files.add_argument("--any-device", action="store_true", help="compare measurements of different devices")
+    add_measurement(parser.add_argument_group("bundles"), repeat=20)
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write compare.json and compare.md there")
+    parser.add_argument("--force", action="store_true", help="replace the output directory")
+    _json(parser)
+
+
+def add_measurement(parser: Any, *, repeat: int) -> None:
+    """How to measure. Nothing has a default here: what was given can be told from what was not."""
+    parser.add_argument("--text", type=grid, metavar="N,N,...", help="text tokens of the prompt (default 64,256)")
+    parser.add_argument("--images", type=count, metavar="N", help="images in the prompt (default 1)")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="decode steps (default 32)")
+    parser.add_argument("--warmup", type=count, metavar="N", help="rounds thrown away (default 3)")
+    parser.add_argument("--repeat", type=positive, metavar="N", help=f"rounds that count (default {repeat})")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads; default: the engine decides")
+    parser.add_argument("--provider", metavar="P", help="where ONNX Runtime runs, as in `reroute run` (default cpu)")
+
+
 def add_question_set(parser: argparse.ArgumentParser) -> None:
     """Which questions to ask; read by `reroute.evaluation.command.question_set`."""
     parser.add_argument(
@@ -210,12 +260,37 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """An argument that is a whole number of at least 1."""
+    return _at_least(1, text)
+
+
+def count(text: str) -> int:
+    """An argument that is a whole number of at least 0."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+    return value
+
+
+def grid(text: str) -> tuple[int, ...]:
+    """An argument such as `64,256`: whole numbers of at least 1, ascending, each once."""
+    return tuple(sorted({positive(part) for part in text.split(",")}))
+
+
+def share(text: str) -> float:
+    """An argument such as `5%` or `0.05`."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: write 5% or 0.05") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 100 %: write 5% or 0.05")
     return value
 
 
@@ -228,6 +303,14 @@ def _dispatch(args: argparse.Namespace) -> int:
         from reroute.evaluation.command import run as evaluate
 
         return evaluate(args)
+    if args.command == "bench":
+        from reroute.bench.bench_command import run as bench
+
+        return bench(args)
+    if args.command == "compare":
+        from reroute.bench.compare_command import run as compare
+
+        return compare(args)
     from reroute import commands
 
     return getattr(commands, args.command)(args)

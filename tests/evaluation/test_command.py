@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from reroute import report
 from reroute.cli import main
-from reroute.evaluation.command import progress, to_json
+from reroute.evaluation.command import to_json
 from reroute.evaluation.scenes import SceneSet
 from reroute.runtime import Session
 from tests.test_import_rules import PACKAGE, breaks, imports_of_file
@@ -189,7 +190,7 @@ def test_progress_is_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPat
     stream.isatty = lambda: terminal  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
-    with progress(3) as advance:
+    with report.progress(3, "answers") as advance:
         for _ in range(3):
             advance()
     assert ("3/3" in stream.getvalue()) == terminal

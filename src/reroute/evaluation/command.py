@@ -9,8 +9,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     bundles = open_bundles(args.bundles)
     questions = question_set(args)
     start = time.perf_counter()
-    with progress(len(bundles) * len(questions)) as advance:
+    with report.progress(len(bundles) * len(questions), "answers") as advance:
         runs = run_bundles(
             bundles,
             questions,
@@ -165,17 +164,3 @@ def written(folder: Path) -> set[str]:
     except (OSError, ValueError):
         return set()
     return {JSON_NAME, MARKDOWN_NAME} if isinstance(data, dict) and data.get("kind") == KIND else set()
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, on a terminal only; yields what moves it by one answer."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=report.console(sys.stderr), transient=True) as bar:
-        task = bar.add_task("answers", total=total)
-        yield lambda: bar.advance(task)
