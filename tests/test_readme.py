@@ -37,6 +37,8 @@ def test_there_are_commands_to_check() -> None:
         "build",
         "run",
         "eval",
+        "bench",
+        "compare",
         "check",
         "inspect",
         "doctor",
