@@ -28,7 +28,7 @@ from typing import Any
 from reroute.cli import add_question_set
 from reroute.cost import plan_for
 from reroute.engines import build
-from reroute.evaluation.command import SCENES, progress, question_set
+from reroute.evaluation.command import SCENES, question_set
 from reroute.evaluation.questions import QuestionSet
 from reroute.evaluation.runner import TOGETHER_BYTES, Run, run_bundles
 from reroute.evaluation.statistics import Bootstrap
@@ -36,6 +36,7 @@ from reroute.evaluation.summary import summarise
 from reroute.export import export_checkpoint
 from reroute.folders import write_whole
 from reroute.published import PUBLISHED
+from reroute.report import progress
 from reroute.runtime import Bundle, Session
 
 TIERS = {"1/3": 192, "2/9": 128, "1/9": 64}
@@ -280,7 +281,7 @@ def run_cases(checkpoint: Path, cases: Sequence[Case], questions: QuestionSet, t
                 bundles.append(make_bundle(checkpoint, left.pop(0).routing, Path(folder) / str(len(bundles))))
                 size = sum(file.bytes for file in bundles[0].manifest.files.values())
                 together = max(1, TOGETHER_BYTES // size)
-            with progress(len(bundles) * len(questions)) as advance:
+            with progress(len(bundles) * len(questions), "answers") as advance:
                 runs += run_bundles(
                     bundles,
                     questions,
