@@ -79,7 +79,7 @@ def test_help_is_quick():
 
 def test_help_names_every_command():
     text = reroute("--help").stdout
-    for name in ("export", "build", "run", "check", "bench", "compare", "inspect", "doctor"):
+    for name in ("export", "build", "run", "check", "eval", "bench", "compare", "inspect", "doctor"):
         assert f"\n    {name} " in text
 
 

@@ -171,6 +171,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="made by `reroute build`")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write eval.json and eval.md there")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
+    _provider(parser)
     parser.add_argument("--force", action="store_true", help="replace the output directory")
     _json(parser)
     add_question_set(parser)

@@ -40,6 +40,7 @@ _CORE = ("jinja2", "numpy", "pillow", "rich", "tokenizers")
 # Packages of each command and the extra of pyproject.toml that installs them; a tuple is a choice.
 COMMANDS: dict[str, tuple[str, tuple[str | tuple[str, ...], ...]]] = {
     "run": ("ort", (*_CORE, _ORT)),
+    "eval": ("ort", (*_CORE, _ORT)),
     "bench": ("ort", (*_CORE, _ORT)),
     "compare": ("ort", (*_CORE, _ORT)),
     "build": ("build", (*_CORE, _ORT, "onnx", "polygraphy")),

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         runs = run_bundles(
             bundles,
             questions,
-            open_engine=lambda bundle: Session.open(bundle.path, threads=args.threads),
+            open_engine=lambda bundle: Session.open(bundle.path, threads=args.threads, provider=args.provider),
             advance=advance,
         )
     run_facts = {
