@@ -92,7 +92,8 @@ def export_checkpoint(
     opened = Checkpoint.open(checkpoint)
     family = family_of(opened)
     model = _choose(family.read(opened), grids)
-    schedule = resolve(routing, model)
+    spec = RoutingSpec.parse(routing)
+    schedule = cost.resolve(spec, model)
     check_capacity(capacity, model)
     template = chat_template(opened)
     with whole_folder(output, force=force) as folder:
@@ -116,7 +117,7 @@ def export_checkpoint(
             backend="neutral",
             dtype="float32",
             model=model,
-            routing=routing,
+            routing=spec.text,
             schedule=schedule,
             average_visual_tokens=schedule.average_visual_tokens(model.vision.tokens_per_image),
             capacity=capacity,

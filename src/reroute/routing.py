@@ -235,7 +235,8 @@ class RoutingSpec:
         """Tokens out of the tower (None: all) and budgets whose cost does not exceed the target."""
         target = self.target
         assert target is not None
-        measure = measure or _visual_rows(num_visual)
+        if target == "avg" or measure is None:
+            measure = _visual_rows(num_visual)
         auto = self.nuwa == "auto"
         fixed = _tokens(self.nuwa, num_visual) if isinstance(self.nuwa, (int, Fraction)) else None
         if fixed is not None:

@@ -277,3 +277,10 @@ def _rehash(folder: Path) -> None:
     from reroute.manifest import file_table
 
     dataclasses.replace(Manifest.load(folder), files=file_table(folder)).save(folder)
+
+
+def test_the_manifest_records_the_spec_of_a_toml_file_and_not_its_path(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "routing.toml"
+    path.write_text('[routing]\naction = "reroute"\nlayers = [2, 4]\nkeep = [7, 4]\n', encoding="utf-8")
+    manifest = export_checkpoint(tiny_checkpoint, tmp_path / "export", routing=str(path))
+    assert manifest.routing == "reroute@2,4:keep=7,4"
