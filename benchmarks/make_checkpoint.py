@@ -8,9 +8,9 @@ fp32), whatever the model's size. The folder is a checkpoint like any other: `re
 `from_pretrained` load it. Its tokenizer knows bytes and one special token each for begin, end, padding and image; every
 other id is a made-up word, so that any answer can be printed.
 
-Matrices are normal with a standard deviation of 1 / sqrt(inputs), what is added to the residual stream of a decoder of L
-layers 1 / sqrt(2 L) of that, and norms are near 1: activations keep their size in every layer and attention has likes and
-dislikes. The same shape, dtype and seed give the same bytes.
+Matrices are normal with a standard deviation of 1 / sqrt(inputs), what is added to the residual stream of a decoder of
+L layers 1 / sqrt(2 L) of that, and norms are near 1: activations keep their size in every layer and attention has likes
+and dislikes. The same shape, dtype and seed give the same bytes.
 """
 
 from __future__ import annotations
