@@ -108,18 +108,27 @@ def build(
 
 
 def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, tell: Progress) -> Manifest:
+    import contextlib
+
     import onnx
 
     from reroute.engines.lower import lower
+    from reroute.engines.weights import DataFile, load_graph
 
+    loaded = {name: load_graph(export_dir / part.file) for name, part in manifest.parts.items()}
     graphs = {part.file for part in manifest.parts.values()}
+    data = {name: weights.file or f"{manifest.parts[name].file}.data" for name, (_, weights) in loaded.items()}
     for name in manifest.files:
-        if name not in graphs:
+        if name not in graphs | set(data.values()):
             shutil.copyfile(export_dir / name, folder / name)
-    for name, part in manifest.parts.items():
-        tell(f"lowering the {name}")
-        graph = lower(onnx.load(export_dir / part.file, load_external_data=False), "ort")
-        onnx.save(graph, folder / part.file)
+    with contextlib.ExitStack() as stack:
+        # The graphs of several grids share their file.
+        files = {file: stack.enter_context(DataFile(folder / file)) for file in sorted(set(data.values()))}
+        for name, (neutral, weights) in loaded.items():
+            tell(f"lowering the {name}")
+            files[data[name]].take(neutral, weights)
+            onnx.save(lower(neutral, "ort"), folder / manifest.parts[name].file)
+    for part in manifest.parts.values():
         validate(folder / part.file, part)
     versions = {**_versions(manifest), "build.onnxruntime": _onnxruntime_version()}
     return dataclasses.replace(

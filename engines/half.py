@@ -7,31 +7,28 @@ The *vision graph* keeps fp32 between its products: only weighted MatMul and Con
 residual stream and all of Nüwa's choices (salience, similarity, ranks) are as exact as the products allow. It is run
 once per image; its weights are halved all the same.
 
-Weights are read, converted and written one tensor at a time.
+Only types are declared here; `reroute.engines.weights` converts the data when they are written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableSequence
-from pathlib import Path
 
-import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from reroute.engines.dialects import DOMAIN
-from reroute.errors import UserError
+from reroute.engines.weights import to_half
+from reroute.engines.widen import FLOAT, HALF, set_nodes
 
-FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 _ATTENTION = {("", "Attention"), (DOMAIN, "RerouteFullAttention")}
 
 
-def decoder_to_half(model: onnx.ModelProto) -> set[str]:
-    """Make a neutral decoder graph fp16, in place. Returns the initializers whose data have to be converted."""
+def decoder_to_half(model: onnx.ModelProto) -> None:
+    """Declare a neutral decoder graph fp16, in place; its weights are declared fp32."""
     graph = model.graph
-    names = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT}
     for tensor in graph.initializer:
-        if tensor.name in names:
+        if tensor.data_type == FLOAT:
             tensor.data_type = HALF
     first: list[onnx.NodeProto] = []
     for value in graph.input:
@@ -53,12 +50,11 @@ def decoder_to_half(model: onnx.ModelProto) -> set[str]:
         else:
             value.type.tensor_type.elem_type = HALF
     _rename_outputs(graph, {node.output[0]: node.input[0] for node in last})
-    _set_nodes(graph, [*first, *graph.node, *last])
-    return names
+    set_nodes(graph, [*first, *graph.node, *last])
 
 
-def vision_to_half(model: onnx.ModelProto) -> set[str]:
-    """Make the products of a vision graph and its `visual_embeds` fp16, in place. Returns as `decoder_to_half`."""
+def vision_to_half(model: onnx.ModelProto) -> None:
+    """Declare the products of a vision graph and its `visual_embeds` fp16, in place; its weights are declared fp32."""
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == FLOAT}
     users: dict[str, list[onnx.NodeProto]] = {}
@@ -67,7 +63,6 @@ def vision_to_half(model: onnx.ModelProto) -> set[str]:
             users.setdefault(name, []).append(node)
     chosen = [node for node in graph.node if _is_product(node, set(weights))]
     picked = {id(node) for node in chosen}
-    halved: set[str] = set()
     cast_of: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -77,7 +72,6 @@ def vision_to_half(model: onnx.ModelProto) -> set[str]:
         for index, name in enumerate(node.input):
             if name in weights and all(id(user) in picked for user in users[name]):
                 weights[name].data_type = HALF
-                halved.add(name)
                 continue
             if name not in cast_of:
                 cast_of[name] = f"{name}.half"
@@ -88,57 +82,9 @@ def vision_to_half(model: onnx.ModelProto) -> set[str]:
         nodes += [node, _cast(node.output[0], output, FLOAT)]
     value = next(value for value in graph.output if value.name == "visual_embeds")
     value.type.tensor_type.elem_type = HALF
-    _set_nodes(graph, nodes)
+    set_nodes(graph, nodes)
     _rename_outputs(graph, {"visual_embeds": "visual_embeds.wide"})
     graph.node.append(_cast("visual_embeds.wide", "visual_embeds", HALF))
-    return halved
-
-
-def rewrite_weights(model: onnx.ModelProto, source: Path, target: Path, halved: set[str]) -> None:
-    """Write the external weights of `model` to the file `target`, those in `halved` converted, and point to it.
-
-    Args:
-        model: initializers' data types as they shall become; data external in `source`, or inline.
-        source: folder of the export.
-        target: the new data file, beside which the graph will lie.
-        halved: initializers that are fp32 in `source` and fp16 in `model`.
-
-    Raises:
-        UserError: a weight that fp16 cannot hold.
-    """
-    with target.open("wb") as stream:
-        for tensor in model.graph.initializer:
-            external = tensor.data_location == onnx.TensorProto.EXTERNAL
-            if not external and tensor.name not in halved:
-                continue
-            kind = tensor.data_type
-            if tensor.name in halved:
-                tensor.data_type = FLOAT
-            array = numpy_helper.to_array(tensor, base_dir=str(source))
-            if tensor.name in halved:
-                array = _to_half(array, tensor.name)
-            offset = -(-stream.tell() // 64) * 64
-            stream.write(bytes(offset - stream.tell()))
-            data = array.tobytes()
-            stream.write(data)
-            name, dims = tensor.name, list(tensor.dims)
-            tensor.Clear()
-            tensor.name, tensor.data_type = name, kind
-            tensor.dims.extend(dims)
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in (("location", target.name), ("offset", offset), ("length", len(data))):
-                tensor.external_data.add(key=key, value=str(value))
-
-
-def _to_half(array: np.ndarray, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise UserError(
-            f"the weight {name} has a value of {np.abs(array).max():.4g}, fp16 ends at 65504",
-            hint="build with --dtype float32",
-        )
-    return half
 
 
 def _is_product(node: onnx.NodeProto, weights: set[str]) -> bool:
@@ -154,7 +100,7 @@ def _retype(node: onnx.NodeProto) -> None:
             attribute.i = HALF
         elif attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == FLOAT:
             name = attribute.t.name or node.output[0]
-            attribute.t.CopyFrom(numpy_helper.from_array(_to_half(numpy_helper.to_array(attribute.t), name)))
+            attribute.t.CopyFrom(numpy_helper.from_array(to_half(numpy_helper.to_array(attribute.t), name)))
 
 
 def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
@@ -178,14 +124,3 @@ def _rename(
         values = field(node)
         for index, name in enumerate(values):
             values[index] = names.get(name, name)
-
-
-def _set_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    copies = []
-    for node in nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del graph.node[:]
-    graph.node.extend(copies)
-    del graph.value_info[:]  # of the types before

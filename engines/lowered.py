@@ -22,6 +22,7 @@ from reroute.cost import plan_for
 from reroute.engines import finish, half, rules
 from reroute.engines.lower import lower, plugin_nodes, with_functions
 from reroute.engines.targets import GIB, LoweringOptions, Target, target_named
+from reroute.engines.weights import load_graph
 from reroute.errors import RerouteError, UserError
 from reroute.manifest import Lowering, Manifest, Part, Span, file_table
 
@@ -45,7 +46,7 @@ def lower_export(
     data = {f"{file}.data" for file in graphs}
     narrow = options.dtype == "float16"
     for name in manifest.files:
-        if name not in graphs and not (narrow and name in data):
+        if name not in graphs | data:
             shutil.copyfile(export_dir / name, folder / name)
     sizes = finish.fixed_sizes(manifest)
     rows = manifest.capacity.max_text + _visual_rows(manifest)
@@ -53,10 +54,10 @@ def lower_export(
     plugins: dict[str, int] = {}
     for name, part in manifest.parts.items():
         tell(f"lowering the {name} to {target.dialect}, {options.form} form, {options.dtype}")
-        neutral = onnx.load(export_dir / part.file, load_external_data=False)
+        neutral, weights = load_graph(export_dir / part.file)
         if narrow:
-            halved = (half.decoder_to_half if name == "decoder" else half.vision_to_half)(neutral)
-            half.rewrite_weights(neutral, export_dir, folder / f"{part.file}.data", halved)
+            (half.decoder_to_half if name == "decoder" else half.vision_to_half)(neutral)
+        weights.write(neutral, folder / f"{part.file}.data")
         graph = lower(neutral, target.dialect, form=options.form)
         finish.freeze(graph, sizes)
         if name == "decoder":

@@ -33,9 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
 
+from reroute.engines.weights import load_graph
 from reroute.errors import RerouteError, UserError
 from reroute.folders import whole_folder
 from reroute.manifest import Manifest
@@ -171,22 +170,20 @@ class Weights:
     """
 
     def __init__(self, path: Path, layers: int) -> None:
-        self._folder = path.parent
-        graph = onnx.load(path, load_external_data=False).graph
-        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
-        self._norms = [node.input[1] for node in graph.node if node.op_type == "RerouteRMSNorm"]
+        model, self._weights = load_graph(path)
+        self._norms = [node.input[1] for node in model.graph.node if node.op_type == "RerouteRMSNorm"]
         if len(self._norms) != 2 * layers + 1:
             raise RerouteError(f"{len(self._norms)} norms in a decoder of {layers} layers", hint="export again")
 
     def named(self, name: str) -> np.ndarray:
         """A weight by name. Raises RerouteError."""
-        if name not in self._tensors:
+        if name not in self._weights.stored:
             raise RerouteError(f"the decoder graph has no weight {name}", hint="export again; if it stays, report it")
-        return numpy_helper.to_array(self._tensors[name], base_dir=str(self._folder))
+        return self._weights.read(name)
 
     def optional(self, name: str) -> np.ndarray | None:
         """A weight by name, None if there is none."""
-        return self.named(name) if name in self._tensors else None
+        return self.named(name) if name in self._weights.stored else None
 
     def norm(self, index: int) -> np.ndarray:
         """The weight of the index-th norm of the graph."""
