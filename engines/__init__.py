@@ -22,19 +22,36 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import reroute
+from reroute.engines.profiles import Profile, profile_named
 from reroute.engines.targets import TARGETS, LoweringOptions
 from reroute.errors import GateError, RerouteError, UserError, nearest
 from reroute.folders import check_output, whole_folder
 from reroute.manifest import Manifest, Part, file_table
 
 if TYPE_CHECKING:
+    from reroute.check import CheckRow
     from reroute.engines import build_engine  # run as a module, it must not be imported by its package
 
 BACKENDS = ("ort", "tensorrt")
 Progress = Callable[[str], None]
+
+
+class Compared(Protocol):
+    """What `evaluate` found: rows of the check, and everything for the manifest."""
+
+    def rows(self) -> list[CheckRow]:
+        """Gates, and what is only reported."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures."""
+        ...
+
+
+Evaluate = Callable[[Path, Path], Compared]  # the float32 bundle and the quantised one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +78,8 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
     tensorrt: TensorRTOptions | None = None,
+    profile: str = "fp32",
+    evaluate: Evaluate | None = None,
 ) -> Manifest:
     """Build an engine bundle.
 
@@ -72,6 +91,8 @@ def build(
         force: replace an earlier bundle.
         progress: is told what happens next.
         tensorrt: with the backend "tensorrt", what to build for.
+        profile: with the backend "ort", what the weights become (see `reroute.engines.profiles`).
+        evaluate: with a quantised profile, asks the float32 bundle and this one the same questions; part of the check.
 
     Raises:
         UserError: bad input, before anything is written.
@@ -92,27 +113,81 @@ def build(
         require_fixed_shapes(manifest)
     if backend == "tensorrt" and tensorrt is None:
         raise UserError("a TensorRT engine needs a target", hint=f"add --target T; supported: {', '.join(TARGETS)}")
+    chosen = profile_named(profile)
+    if chosen.quantized and backend != "ort":
+        raise UserError(f"the profile {profile} is for ONNX Runtime", hint="leave --profile out for TensorRT")
+    if evaluate is not None and not (chosen.quantized and check):
+        raise UserError(
+            "only a quantised engine that is checked is compared with float32", hint="add --profile int8 or int4"
+        )
     tell("verifying the export")
     manifest.verify_files(export_dir)
     with whole_folder(output, force=force) as folder:
         if tensorrt is not None and backend == "tensorrt":
             bundle = _build_tensorrt(export_dir, manifest, folder, tensorrt, tell)
-        else:
-            bundle = _build_ort(export_dir, manifest, folder, tell)
-        bundle.save(folder)
-        if check and bundle.kind == "bundle":
-            tell("checking the engine against the reference")
-            bundle = dataclasses.replace(bundle, check=_check(folder))
             bundle.save(folder)
+            if check and bundle.kind == "bundle":
+                bundle = _checked(folder, bundle, tell)
+        elif evaluate is None:
+            bundle = _build_ort(export_dir, manifest, folder, chosen, tell)
+            bundle.save(folder)
+            bundle = _checked(folder, bundle, tell) if check else bundle
+        else:
+            bundle = _build_measured(export_dir, manifest, folder, chosen, evaluate, tell)
     return bundle
 
 
-def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, tell: Progress) -> Manifest:
+def _build_measured(
+    export_dir: Path, manifest: Manifest, folder: Path, profile: Profile, evaluate: Evaluate, tell: Progress
+) -> Manifest:
+    """The first rung of a profile that meets the gates, also those of the questions. Raises GateError if none does."""
+    with tempfile.TemporaryDirectory(prefix=".float32.", dir=folder.parent) as name:
+        base = Path(name)
+        tell("building the float32 engine to compare with")
+        _build_ort(export_dir, manifest, base, profile_named("fp32"), lambda _: None).save(base)
+        for rung in profile.ladder:
+            bundle = _build_ort(export_dir, manifest, folder, rung, tell)
+            bundle.save(folder)
+            try:
+                return _checked(folder, bundle, tell, lambda: evaluate(base, folder))
+            except GateError as error:
+                if rung is profile.ladder[-1]:
+                    raise
+                tell(f"{rung.label}: {error.message}; more layers with 8 bits")
+    raise AssertionError("a profile without rungs has nothing to measure")
+
+
+def _checked(
+    folder: Path, bundle: Manifest, tell: Progress, evaluate: Callable[[], Compared] | None = None
+) -> Manifest:
+    """The bundle with the result of its check in the manifest. Raises GateError unless every gate passed."""
+    from reroute.check import check_bundle
+
+    tell("checking the engine against the reference")
+    report = check_bundle(folder)
+    if evaluate is not None:
+        tell("asking it and the float32 engine questions")
+        compared = evaluate()
+        report = dataclasses.replace(report, rows=(*report.rows, *compared.rows()), fidelity=compared.to_dict())
+    if not report.passed:
+        failed = [row for row in report.rows if not row.passed]
+        listed = "; ".join(f"{row.part}, {row.quantity}: {row.measured} (gate: {row.gate})" for row in failed)
+        raise GateError(
+            f"the engine does not reproduce the reference: {listed}",
+            hint="nothing was written; --no-check keeps the bundle so that `reroute check` can show all rows",
+        )
+    bundle = dataclasses.replace(bundle, check=report.to_dict())
+    bundle.save(folder)
+    return bundle
+
+
+def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, profile: Profile, tell: Progress) -> Manifest:
     import contextlib
 
     import onnx
 
     from reroute.engines.lower import lower
+    from reroute.engines.quantize import quantize
     from reroute.engines.weights import DataFile, load_graph
 
     loaded = {name: load_graph(export_dir / part.file) for name, part in manifest.parts.items()}
@@ -126,14 +201,32 @@ def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, tell: Progres
         files = {file: stack.enter_context(DataFile(folder / file)) for file in sorted(set(data.values()))}
         for name, (neutral, weights) in loaded.items():
             tell(f"lowering the {name}")
-            files[data[name]].take(neutral, weights)
-            onnx.save(lower(neutral, "ort"), folder / manifest.parts[name].file)
+            graph, made = lower(neutral, "ort"), None
+            if name == "decoder" and profile.quantized:
+                tell(f"quantising the decoder to {profile.label}")
+                made = quantize(graph, weights, profile, manifest.schedule)
+            files[data[name]].take(graph, weights, made)
+            onnx.save(graph, folder / manifest.parts[name].file)
     for part in manifest.parts.values():
         validate(folder / part.file, part)
     versions = {**_versions(manifest), "build.onnxruntime": _onnxruntime_version()}
+    stored = sum((folder / file).stat().st_size for file in data.values())
     return dataclasses.replace(
-        manifest, kind="bundle", backend="ort", files=file_table(folder), versions=versions, check=None
+        manifest,
+        kind="bundle",
+        backend="ort",
+        profile=profile.label,
+        files=file_table(folder),
+        estimates=_with_weights(manifest.estimates, stored) if profile.quantized else manifest.estimates,
+        versions=versions,
+        check=None,
     )
+
+
+def _with_weights(estimates: dict[str, float], stored: int) -> dict[str, float]:
+    """The plan's estimates with the weights as they are stored."""
+    peak = estimates["peak_bytes"] - estimates["weight_bytes"] + stored
+    return {**estimates, "weight_bytes": float(stored), "peak_bytes": peak}
 
 
 def _build_tensorrt(
@@ -183,20 +276,6 @@ def validate(path: Path, part: Part) -> None:
         if have != want:
             missing = sorted(set(want) ^ set(have))
             raise RerouteError(f"{path.name} and the manifest differ in {what}s: {missing[:4]}", hint="export again")
-
-
-def _check(folder: Path) -> dict[str, object]:
-    from reroute.check import check_bundle
-
-    report = check_bundle(folder)
-    if not report.passed:
-        failed = [row for row in report.rows if not row.passed]
-        listed = "; ".join(f"{row.part}, {row.quantity}: {row.measured} (gate: {row.gate})" for row in failed)
-        raise GateError(
-            f"the engine does not reproduce the reference: {listed}",
-            hint="nothing was written; --no-check keeps the bundle so that `reroute check` can show all rows",
-        )
-    return report.to_dict()
 
 
 def _onnxruntime_version() -> str:

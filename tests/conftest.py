@@ -135,12 +135,20 @@ def demo_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model with a reroute schedule at 1/9 of its visual tokens, built and checked. Do not change it."""
-    from reroute.engines import build
+def demo_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model exported with a reroute schedule at 1/9 of its visual tokens. Do not change it."""
     from reroute.export import export_checkpoint
 
-    folder = tmp_path_factory.mktemp("demo")
-    export_checkpoint(DEMO_MODEL, folder / "export", routing=DEMO_ROUTING)
-    build(folder / "export", folder / "bundle")
-    return folder / "bundle"
+    folder = tmp_path_factory.mktemp("demo-export") / "export"
+    export_checkpoint(DEMO_MODEL, folder, routing=DEMO_ROUTING)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo_export` built and checked. Do not change it."""
+    from reroute.engines import build
+
+    folder = tmp_path_factory.mktemp("demo") / "bundle"
+    build(demo_export, folder)
+    return folder

@@ -110,8 +110,21 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("export_dir", type=Path, metavar="DIR", help="made by `reroute export`")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: DIR with the backend's name added")
     parser.add_argument("--backend", default="ort", help="engine library: ort (default) or tensorrt")
+    parser.add_argument(
+        "--profile",
+        default="fp32",
+        metavar="P",
+        help="weights of an ort bundle: fp32 (default), int8 or int4 (int4:0 to int4:2: ever more with 8 bits)",
+    )
     parser.add_argument("--no-check", action="store_true", help="do not compare with the recorded reference")
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="with --profile: ask this engine and the float32 one questions, as in `reroute eval`, and gate on the "
+        "tokens kept (default: 400 questions on generated validation scenes)",
+    )
     parser.add_argument("--force", action="store_true", help="replace the output directory")
+    add_question_set(parser)
     group = parser.add_argument_group("with --backend tensorrt")
     group.add_argument("--target", metavar="T", help="machine: orin-jp6, orin-jp7, thor-jp7 or datacenter")
     group.add_argument(

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from reroute.manifest import FILE_NAME, Capacity, Manifest, Model
 from reroute.routing import RoutingSpec
 
 if TYPE_CHECKING:
-    from reroute.engines import TensorRTOptions
+    from reroute.engines import Compared, Evaluate, TensorRTOptions
 
 
 def export(args: argparse.Namespace) -> int:
@@ -69,6 +70,8 @@ def build(args: argparse.Namespace) -> int:
     tensorrt = _tensorrt_options(args)
     folder = args.export_dir.resolve()
     suffix = f"{args.backend}-lowered" if args.onnx_only else args.backend
+    if args.profile != "fp32":
+        suffix = f"{suffix}-{args.profile.replace(':', '-')}"
     output = args.output or folder.parent / f"{folder.name}-{suffix}"
     manifest = build_bundle(
         args.export_dir,
@@ -78,6 +81,8 @@ def build(args: argparse.Namespace) -> int:
         force=args.force,
         progress=progress,
         tensorrt=tensorrt,
+        profile=args.profile,
+        evaluate=_evaluation(args) if args.evaluate else None,
     )
     if manifest.kind == "lowered":
         plugin = " --plugin LIBRARY" if manifest.lowering and manifest.lowering.plugin_nodes else ""
@@ -87,6 +92,27 @@ def build(args: argparse.Namespace) -> int:
     progress(f"built {output} ({_folder_size(manifest)}), check: {_verdict(manifest)}")
     progress(f"next: reroute run {output} --image FILE --prompt TEXT")
     return EXIT_OK
+
+
+def _evaluation(args: argparse.Namespace) -> Evaluate:
+    """How `build --evaluate` compares two bundles. Raises UserError for questions that there are not."""
+    from reroute.evaluation.command import question_set
+    from reroute.evaluation.fidelity import fidelity
+    from reroute.runtime import Session
+
+    if args.set == "scenes":
+        # Enough for the gate, and not the held-out scenes, which are for scores.
+        for name, value in (("grounding", 200), ("vqa", 200), ("split", "validation")):
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    questions = question_set(args)
+
+    def compare(base: Path, bundle: Path) -> Compared:
+        first, second = (partial(Session.open, path, verify=False) for path in (base, bundle))
+        with report.progress(len(questions), "questions") as advance:
+            return fidelity(first, second, questions, advance=advance)
+
+    return compare
 
 
 def _tensorrt_options(args: argparse.Namespace) -> TensorRTOptions | None:
@@ -213,6 +239,7 @@ def _print_manifest(manifest: Manifest, path: Path) -> None:
         *_model_facts(manifest.model),
         ("backend", manifest.backend),
         ("dtype", manifest.dtype),
+        *([("profile", manifest.profile)] if manifest.profile != "fp32" else []),
         ("routing", manifest.routing),
         ("decisions", report.describe(manifest.schedule)),
         ("visual tokens per layer", f"{manifest.average_visual_tokens:.1f} (measured average)"),

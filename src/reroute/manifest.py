@@ -308,7 +308,8 @@ class Manifest:
         schema_version: raised when a reader of the older form would go wrong.
         kind: "export" (neutral graphs), "lowered" (TensorRT graphs, still to be built on the device) or "bundle".
         backend: "neutral", "ort" or "tensorrt".
-        dtype: dtype of weights, visual embeddings and caches in the graphs.
+        dtype: dtype of computation, visual embeddings and caches in the graphs, and of the weights of profile fp32.
+        profile: what the decoder's weights are stored as, "fp32", "int8" or "int4:1" (see `reroute.engines.profiles`).
         routing: the spec as the user wrote it.
         schedule: the spec resolved to stages.
         average_visual_tokens: measured from the schedule for one image, per layer.
@@ -339,6 +340,7 @@ class Manifest:
     check: dict[str, Any] | None = field(default=None)
     lowering: Lowering | None = None
     engine: EngineBuild | None = None
+    profile: str = "fp32"
 
     def to_json(self) -> str:
         """Canonical JSON text: two manifests of equal content are equal byte for byte."""
