@@ -145,13 +145,14 @@ def _build_measured(
         base = Path(name)
         tell("building the float32 engine to compare with")
         _build_ort(export_dir, manifest, base, profile_named("fp32"), lambda _: None).save(base)
-        for rung in profile.ladder:
+        ladder = profile.ladder
+        for rung in ladder:
             bundle = _build_ort(export_dir, manifest, folder, rung, tell)
             bundle.save(folder)
             try:
                 return _checked(folder, bundle, tell, lambda: evaluate(base, folder))
             except GateError as error:
-                if rung is profile.ladder[-1]:
+                if rung is ladder[-1]:
                     raise
                 tell(f"{rung.label}: {error.message}; more layers with 8 bits")
     raise AssertionError("a profile without rungs has nothing to measure")
