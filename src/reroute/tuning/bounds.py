@@ -54,18 +54,19 @@ class Check:
         return inside or outside
 
     def __str__(self) -> str:
-        """`prefill 12.3 ms [12.1, 12.9], the bound is 10 ms`."""
+        """`prefill 12.3 ms [12.1, 12.9] > 10 ms`, or what else it is."""
         value, limit = text_of(self.bound, self.value), text_of(self.bound, self.limit)
         span = "" if self.low == self.high else f" [{self.low:.3g}, {self.high:.3g}]"
-        return f"{LABELS[self.bound]} {value}{span}, the bound is {limit}"
+        side = ("<" if self.at_least else ">") if not self.holds else (">=" if self.at_least else "<=")
+        return f"{LABELS[self.bound]} {value}{span} {side} {limit}"
 
 
 LABELS = {
     "prefill_ms": "prefill",
     "end_to_end_ms": "end to end",
     "speedup": "prefill speed",
-    "kv_bytes": "KV of the prompt",
-    "memory_bytes": "estimated memory",
+    "kv_bytes": "KV",
+    "memory_bytes": "estimated peak memory",
 }
 
 

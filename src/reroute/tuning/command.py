@@ -209,8 +209,9 @@ def no_candidate(entries: list[Entry], bounds: Bounds) -> GateError:
         why = f"; {tried.name}: {tried.reason}" if tried else ""
         return GateError(f"no candidate was measured{why}", hint="give more time, or look at the failed builds")
     entry, missed = found
+    by = f"{100 * (missed.miss - 1):.1f} %"
     return GateError(
-        f"no candidate keeps the bound; the nearest is {entry.name}: {missed}, missed by {100 * (missed.miss - 1):.1f} %",
+        f"no candidate keeps the bound; the nearest is {entry.name}: {missed}, missed by {by}",
         hint="loosen the bound, or widen the search space (smaller --averages, earlier --layers)",
     )
 

@@ -54,7 +54,8 @@ def halve(
         keep = min(FINALISTS, len(alive)) if last else math.ceil(len(alive) / 2)
         for entry in alive[keep:]:
             entry.status = "eliminated"
-            entry.reason = f"round {run}: {_score(entry):.1%} right, {_score(alive[keep - 1]):.1%} went on"
+            cut = f"the last to go on had {100 * _score(alive[keep - 1]):.1f} %"
+            entry.reason = f"in round {run}: {100 * _score(entry):.1f} % right, {cut}"
         alive = alive[:keep]
         if last:
             break

@@ -112,8 +112,8 @@ def _fresh(data: Json) -> str:
         )
     columns = ("schedule", "right, %", "boxes, %", "answers, %", "minus dense, points", "in the search, %")
     note = (
-        "Brackets: 95 % bootstrap intervals over images. The winner was chosen before these questions were asked, by the "
-        "score in the last column, which flatters it."
+        "Brackets: 95 % bootstrap intervals over images. The winner was chosen before these questions were asked, by "
+        "the score in the last column, which flatters it."
     )
     return "\n".join(table(columns, rows)) + "\n\n" + note
 
@@ -127,6 +127,7 @@ def _measured(data: Json) -> str:
         rows.append(
             (
                 _name(one),
+                _fate(one),
                 f"{plan['average_visual_tokens']:.1f}",
                 f"{plan['decoder_ratio']:.3f}",
                 format_bytes(plan["kv_bytes"]),
@@ -134,15 +135,14 @@ def _measured(data: Json) -> str:
                 f"{latency['speedup']['prefill_ms']['value']:.2f}x",
                 _span(latency["times"]["end_to_end_ms"]),
                 f"{100 * one['score']:.1f} ({len(one['scores'])})" if one["scores"] else "-",
-                _fate(one),
             )
         )
-    columns = ("schedule", "visual tokens", "FLOPs of dense", "KV", "prefill, ms", "", "end to end, ms", "right, %")
+    columns = ("schedule", "", "visual tokens", "FLOPs of dense", "KV", "prefill, ms", "speed", "end to end, ms")
     note = (
-        "Medians with 95 % intervals; (N.NNx) is the prefill against dense, paired by round. Right: of the search "
+        "Medians with 95 % intervals; speed is the prefill's against dense, paired by round. Right: of the search "
         "questions asked, their number in brackets; only rows with the same number compare directly."
     )
-    return "\n".join(table((*columns, "what became of it"), rows)) + "\n\n" + note
+    return "\n".join(table((*columns, "right, %"), rows, text=2)) + "\n\n" + note
 
 
 def _front(data: Json) -> str:
@@ -171,13 +171,14 @@ def _method(data: Json) -> str:
     settings, questions, counts = data["settings"], data["questions"], {}
     for one in data["candidates"]:
         counts[one["status"]] = counts.get(one["status"], 0) + 1
-    fates = ", ".join(f"{number} {status}" for status, number in counts.items())
+    fates = ", ".join(f"{status} {number}" for status, number in counts.items())
     merged = sum(len(one["also"]) for one in data["candidates"])
     lines = [
-        f"- Schedules: {len(data['candidates'])} ({fates}); {merged} specs more mean one of them.",
-        f"- Latency: {settings['repeat']} interleaved rounds after {settings['warmup']} of warm-up, a prompt of one image "
-        f"and {settings['text']} text tokens, {settings['tokens']} decode steps, in {len(data['batches'])} batches with "
-        f"dense in each; threads: {settings['threads'] or 'default'}, provider: {settings['provider']}.",
+        f"- Schedules, dense among them: {len(data['candidates'])} ({fates})"
+        + (f"; {merged} more specs mean one of these." if merged else "."),
+        f"- Latency: {settings['repeat']} interleaved rounds after {settings['warmup']} of warm-up, a prompt of one "
+        f"image and {settings['text']} text tokens, {settings['tokens']} decode steps; batches, dense in each: "
+        f"{len(data['batches'])}; threads: {settings['threads'] or 'default'}, provider: {settings['provider']}.",
         f"- Questions: {questions['set']}; {len(questions['search'])} to search with, {len(questions['fresh'])} about "
         f"other images kept back, of which {questions['fresh_asked']} were asked.",
     ]
@@ -187,14 +188,9 @@ def _method(data: Json) -> str:
             for one in data["rounds"]
         )
         lines.append(f"- Rounds: {plan}. The better half goes on; equal scores go to the lower latency.")
+    took = ", ".join(f"{name} {value:.0f} s" for name, value in data["seconds"].items())
     lines += [
-        f"- Seed {settings['seed']}. Took {sum(data['seconds'].values()):.0f} s"
-        + (
-            ": " + ", ".join(f"{name} {value:.0f} s" for name, value in data["seconds"].items())
-            if data["seconds"]
-            else ""
-        )
-        + ".",
+        f"- Seed {settings['seed']}." + (f" Took: {took}." if took else ""),
         f"- Machine: {machine_line(data['machine'])}.",
         *(f"- {name}: {words}." for name, words in data["boundary"].items()),
     ]

@@ -184,9 +184,7 @@ def search(
             out_of_time=out_of_time,
         )
     if outcome.run < len(rounds):
-        outcome.notes.append(
-            f"Out of time after round {outcome.run} of {len(rounds)}: the best of that round were taken."
-        )
+        outcome.notes.append(f"Out of time after round {outcome.run} of {len(rounds)}: its best were taken.")
     phase("search")
 
     names = list(dict.fromkeys([*(entry.name for entry in outcome.finalists), dense.name]))
@@ -253,7 +251,7 @@ def _questions(
     chosen = within(left, candidates=len(feasible), search=search, fresh=fresh, per_answer=per_answer)
     if chosen != (search, fresh):
         outcome.notes.append(
-            f"For the time that was left, {chosen[0]} of {search} search questions and {chosen[1]} of {fresh} that were "
-            f"kept back were planned."
+            f"For the time that was left, {chosen[0]} of {search} search questions and {chosen[1]} of {fresh} that "
+            "were kept back were planned."
         )
     return chosen

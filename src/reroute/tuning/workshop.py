@@ -1,7 +1,7 @@
 """The real device: exports and builds candidates into one folder, measures them, asks them.
 
-All candidates are of one checkpoint, and their files are mostly equal: the weights, the tokenizer, and unless Nüwa prunes
-in the tower the vision graph. Equal files are kept once, as hard links.
+All candidates are of one checkpoint, and their files are mostly equal: the weights, the tokenizer, and unless Nüwa
+prunes in the tower the vision graph. Equal files are kept once, as hard links.
 """
 
 from __future__ import annotations
