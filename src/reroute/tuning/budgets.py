@@ -134,6 +134,6 @@ def within(seconds: float, *, candidates: int, search: int, fresh: int, per_answ
         as many fresh ones: a search with fewer would choose by chance. It may then take longer than `seconds`.
     """
     whole = answers_of(rounds_of(candidates, search)) + fresh * (min(FINALISTS, candidates) + 1)
-    share = min(1.0, max(0.0, seconds) / (whole * per_answer))
+    share = min(1.0, max(0.0, seconds) / max(whole * per_answer, 1e-9))
     least = LEAST_FIRST << (len(rounds_of(candidates, search)) - 1)
     return max(min(least, search), int(search * share)), max(min(LEAST_FIRST, fresh), int(fresh * share))

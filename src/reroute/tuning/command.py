@@ -121,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
         (folder / JSON_NAME).write_text(text, encoding="utf-8")
         (folder / MARKDOWN_NAME).write_text(markdown, encoding="utf-8")
     print(text if args.json else markdown, end="", flush=True)
-    names = [JSON_NAME, MARKDOWN_NAME, *([ROUTING_NAME] if outcome.winner else [])]
-    progress(f"wrote {output / names[0]}, {' and '.join(names[1:])}")
+    also = f", {MARKDOWN_NAME} and {ROUTING_NAME}" if outcome.winner else f" and {MARKDOWN_NAME}"
+    progress(f"wrote {output / JSON_NAME}{also}")
     if outcome.winner is None:
         raise no_candidate(outcome.entries, bounds)
     progress(f"next: reroute export {args.checkpoint} -o DIR --routing {output / ROUTING_NAME}")

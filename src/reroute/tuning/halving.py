@@ -38,14 +38,16 @@ def halve(
 ) -> tuple[list[Entry], int]:
     """Ask, and mark who is left behind.
 
+    Entries may have answered the first questions already, all of them equally many.
+
     Returns:
         The finalists, best first, and how many rounds were run: fewer than planned when the time was up.
     """
     alive = list(entries)
-    asked = run = 0
+    asked, run = len(entries[0].scores) if entries else 0, 0
     for run, plan in enumerate(rounds, 1):
         scores = judge.ask([entry.name for entry in alive], questions[asked : plan.questions], advance)
-        asked = plan.questions
+        asked = max(asked, plan.questions)
         for entry in alive:
             entry.scores += scores[entry.name]
             entry.rounds.append((len(entry.scores), _score(entry)))

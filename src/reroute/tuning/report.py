@@ -176,12 +176,17 @@ def _method(data: Json) -> str:
     lines = [
         f"- Schedules, dense among them: {len(data['candidates'])} ({fates})"
         + (f"; {merged} more specs mean one of these." if merged else "."),
-        f"- Latency: {settings['repeat']} interleaved rounds after {settings['warmup']} of warm-up, a prompt of one "
-        f"image and {settings['text']} text tokens, {settings['tokens']} decode steps; batches, dense in each: "
-        f"{len(data['batches'])}; threads: {settings['threads'] or 'default'}, provider: {settings['provider']}.",
-        f"- Questions: {questions['set']}; {len(questions['search'])} to search with, {len(questions['fresh'])} about "
-        f"other images kept back, of which {questions['fresh_asked']} were asked.",
     ]
+    if data["batches"]:
+        lines.append(
+            f"- Latency: {settings['repeat']} interleaved rounds after {settings['warmup']} of warm-up, a prompt of "
+            f"one image and {settings['text']} text tokens, {settings['tokens']} decode steps; batches, dense in each: "
+            f"{len(data['batches'])}; threads: {settings['threads'] or 'default'}, provider: {settings['provider']}."
+        )
+    lines.append(
+        f"- Questions: {questions['set']}; {len(questions['search'])} to search with, {len(questions['fresh'])} about "
+        f"other images kept back, of which {questions['fresh_asked']} were asked."
+    )
     if data["rounds"]:
         plan = "; ".join(
             f"{one['candidates']} candidates to {one['questions']} questions" + ("" if one["run"] else " (not run)")
@@ -192,8 +197,9 @@ def _method(data: Json) -> str:
     lines += [
         f"- Seed {settings['seed']}." + (f" Took: {took}." if took else ""),
         f"- Machine: {machine_line(data['machine'])}.",
-        *(f"- {name}: {words}." for name, words in data["boundary"].items()),
     ]
+    if data["batches"]:
+        lines += [f"- {name}: {words}." for name, words in data["boundary"].items()]
     return "\n".join(lines)
 
 

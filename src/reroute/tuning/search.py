@@ -14,10 +14,10 @@ from typing import Protocol
 from reroute.errors import GateError
 from reroute.report import one_line
 from reroute.tuning.bounds import Bounds, Check, worst
-from reroute.tuning.budgets import Round, Split, answers_of, rounds_of, within
+from reroute.tuning.budgets import FINALISTS, LEAST_FIRST, Round, Split, answers_of, rounds_of, within
 from reroute.tuning.halving import Judge, halve
 from reroute.tuning.screening import Batch, Bench, batches, screen, steps
-from reroute.tuning.trace import Entry, Latency, mean
+from reroute.tuning.trace import Entry, Latency
 
 BUILD_SHARE = 0.5  # of the time, at most, before the first question is asked
 
@@ -137,8 +137,8 @@ def search(
         outcome.seconds[name] = round(clock() - mark, 1)
         mark = clock()
 
-    def out_of_time(share: float = 1.0) -> bool:
-        return settings.seconds is not None and clock() - start > share * settings.seconds
+    def out_of_time(share: float = 1.0, reserve: float = 0.0) -> bool:
+        return settings.seconds is not None and clock() - start + reserve > share * settings.seconds
 
     candidates = prune(entries, bounds)
     if not candidates:
@@ -170,10 +170,10 @@ def search(
     if not feasible:
         return outcome
 
-    asked, kept_back = _questions(outcome, feasible, questions, settings, start, clock)
-    rounds = outcome.planned = rounds_of(len(feasible), asked, settings.questions)
+    pool, kept_back, reserve = _questions(outcome, feasible, questions, settings, device, start, clock)
+    rounds = outcome.planned = rounds_of(len(feasible), pool, settings.questions)
     tell(f"{len(feasible)} keep the bounds; {len(rounds)} rounds, {rounds[0].questions} questions in the first")
-    with progress(answers_of(rounds), "searching") as advance:
+    with progress(answers_of(rounds) - len(feasible) * len(feasible[0].scores), "searching") as advance:
         outcome.finalists, outcome.run = halve(
             feasible,
             questions.search,
@@ -181,7 +181,7 @@ def search(
             rounds,
             quantity=bounds.quantity,
             advance=advance,
-            out_of_time=out_of_time,
+            out_of_time=lambda: out_of_time(reserve=reserve),
         )
     if outcome.run < len(rounds):
         outcome.notes.append(f"Out of time after round {outcome.run} of {len(rounds)}: its best were taken.")
@@ -239,14 +239,26 @@ def _questions(
     feasible: Sequence[Entry],
     questions: Split,
     settings: Settings,
+    judge: Judge,
     start: float,
     clock: Callable[[], float],
-) -> tuple[int, int]:
-    """How many questions to search with and to keep back, which a time limit may make fewer."""
+) -> tuple[int, int, float]:
+    """How many questions to search with and to keep back, which a time limit may make fewer.
+
+    With a limit, every candidate answers a few of the first questions here, which says how long an answer takes.
+
+    Returns:
+        Search questions, fresh questions, and the seconds that the final score will take (0 without a limit).
+    """
     search, fresh = len(questions.search), len(questions.fresh)
     if settings.seconds is None:
-        return search, fresh
-    per_answer = mean([entry.latency.times["end_to_end_ms"].value / 1e3 for entry in feasible if entry.latency])
+        return search, fresh, 0.0
+    few = questions.search[: min(LEAST_FIRST, rounds_of(len(feasible), search)[0].questions)]
+    mark = clock()
+    scores = judge.ask([entry.name for entry in feasible], few, lambda: None)
+    per_answer = (clock() - mark) / (len(few) * len(feasible))
+    for entry in feasible:
+        entry.scores += scores[entry.name]
     left = settings.seconds - (clock() - start)
     chosen = within(left, candidates=len(feasible), search=search, fresh=fresh, per_answer=per_answer)
     if chosen != (search, fresh):
@@ -254,4 +266,4 @@ def _questions(
             f"For the time that was left, {chosen[0]} of {search} search questions and {chosen[1]} of {fresh} that "
             "were kept back were planned."
         )
-    return chosen
+    return *chosen, per_answer * chosen[1] * (min(FINALISTS, len(feasible)) + 1)
