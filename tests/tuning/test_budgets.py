@@ -49,7 +49,7 @@ def test_the_last_round_has_few_enough(count: int):
 
 
 def test_a_first_round_larger_than_the_pool_is_refused():
-    with pytest.raises(UserError, match="a first round of 101 questions .* there are 100"):
+    with pytest.raises(UserError, match=r"a first round of 101 questions .* there are 100"):
         rounds_of(4, 100, 101)
 
 

@@ -409,7 +409,7 @@ def test_bounds_are_positive_numbers(value: float):
 def test_a_median_and_its_interval():
     found = median_of([10.0, 12.0, 11.0, 10.5, 30.0])
     assert found.value == 11.0
-    assert 10.0 == pytest.approx(found.low)
+    assert pytest.approx(found.low) == 10.0
     assert found.high == pytest.approx(30.0)
     assert median_of([7.0]) == Ratio(value=7.0, low=0.0, high=float("inf"))
 
