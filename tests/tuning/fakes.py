@@ -43,6 +43,7 @@ class FakeDevice:
         self.built: list[str] = []
         self.loads: list[list[str]] = []
         self.runs: list[tuple[tuple[str, ...], int, int]] = []
+        self.times: list[float] = []  # when each call of `ask` began
         self.asked: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
 
     def build(self, name: str) -> None:
@@ -82,6 +83,7 @@ class FakeDevice:
     def ask(
         self, names: Sequence[str], questions: Sequence[Question], advance: Callable[[], None]
     ) -> dict[str, list[float]]:
+        self.times.append(self.clock[0])
         self.asked.append((tuple(names), tuple(question.id for question in questions)))
         slow = 1.0 if len(self.asked) == 1 else self.slowing
         self.clock[0] += 0.1 * slow * len(names) * len(questions)

@@ -311,6 +311,15 @@ def test_out_of_time_between_rounds_takes_the_best_of_that_round():
     assert "(not run)" in to_markdown(data)
 
 
+@pytest.mark.parametrize("slowing", [1.1, 1.2, 1.3, 1.5, 2.0])
+def test_no_round_begins_without_time_for_the_final_score(slowing: float):
+    device = FakeDevice(latency, right)
+    device.slowing = slowing
+    outcome = tune(Bounds(prefill_ms=45.0), device, count=6000, seconds=800.0)
+    last_round, _ = device.times[-2:]
+    assert last_round + 0.1 * 4 * outcome.fresh <= 800.0 or outcome.run == 1
+
+
 def test_too_many_questions_are_refused_before_anything_is_built():
     device = FakeDevice(latency, right)
     with pytest.raises(UserError, match="a first round of 5000 questions"):
@@ -422,8 +431,11 @@ def point(name: str, speed: float, scores: list[float]) -> Entry:
 
 def test_the_front_compares_on_the_questions_that_both_answered():
     fast = point("fast", 8.0, [1, 0])  # left after two questions; of those the others had as many or more
+    quick = point("quick", 6.0, [1, 1, 0, 0])
+    lucky = point("lucky", 1.8, [1, 1])  # all right, but of two questions only, which good has right as well
     good = point("good", 2.0, [1, 1, 1, 0])
     slow = point("slow", 1.5, [1, 1, 0, 0])  # slower than good, and worse on four
     odd = point("odd", 3.0, [1, 0, 0, 0])  # as good as fast on two, and slower
     unasked = point("unasked", 9.0, [])
-    assert [entry.name for entry in front([good, slow, odd, fast, unasked], "prefill_ms")] == ["fast", "good"]
+    found = front([good, slow, odd, lucky, fast, quick, unasked], "prefill_ms")
+    assert [entry.name for entry in found] == ["fast", "quick", "good"]
