@@ -156,6 +156,17 @@ def test_no_candidate_is_exit_code_3_with_the_nearest_and_the_trace(
     assert tune(*args, "--force") == 3
 
 
+def test_what_was_not_tried_is_not_said_to_miss_the_bound(
+    tiny_checkpoint: Path, tmp_path: Path, fake: Callable[[FakeDevice], FakeDevice], capsys: pytest.CaptureFixture[str]
+):
+    fake(FakeDevice(latency, right))
+    args = ("-o", tmp_path / "out", "--prefill-ms", 12, *SMALL, "--budget-minutes", 1e-6)
+    assert tune(tiny_checkpoint, *args) == 3
+    out, err = capsys.readouterr()
+    assert "no candidate of those tried keeps the bound, 3 were not tried for lack of time" in err
+    assert "(3 were not tried for lack of time.)" in out
+
+
 def test_bounds_that_no_plan_keeps_build_nothing(
     tiny_checkpoint: Path, tmp_path: Path, fake: Callable[[FakeDevice], FakeDevice], capsys: pytest.CaptureFixture[str]
 ):

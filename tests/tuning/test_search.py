@@ -296,6 +296,9 @@ def test_a_time_limit_asks_fewer_questions_and_says_so():
     assert all(entry.reason == "out of time before it was built" for entry in skipped)
     assert outcome.winner is not None
     assert outcome.winner.fresh
+    hurried = FakeDevice(latency, right)
+    tune(Bounds(prefill_ms=45.0), hurried, seconds=0.1)
+    assert hurried.built == [entry.name for entry in MADE[:2]]
 
 
 def test_out_of_time_between_rounds_takes_the_best_of_that_round():

@@ -210,8 +210,10 @@ def no_candidate(entries: list[Entry], bounds: Bounds) -> GateError:
         return GateError(f"no candidate was measured{why}", hint="give more time, or look at the failed builds")
     entry, missed = found
     by = f"{100 * (missed.miss - 1):.1f} %"
+    skipped = sum(entry.status == "not tried" for entry in entries)
+    what = f"no candidate of those tried keeps the bound, {skipped} were not tried for lack of time" if skipped else ""
     return GateError(
-        f"no candidate keeps the bound; the nearest is {entry.name}: {missed}, missed by {by}",
+        f"{what or 'no candidate keeps the bound'}; the nearest is {entry.name}: {missed}, missed by {by}",
         hint="loosen the bound, or widen the search space (smaller --averages, earlier --layers)",
     )
 

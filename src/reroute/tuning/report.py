@@ -59,7 +59,9 @@ def _verdict(data: Json) -> str:
     if result["winner"] is None:
         near = result["nearest"]
         words = f" The nearest is `{near['name']}`: {near['words']} ({near['miss']:.2f} times it)." if near else ""
-        return f"**No candidate keeps the bound.**{words}"
+        skipped = sum(one["status"] == "not tried" for one in data["candidates"])
+        some = f" ({skipped} were not tried for lack of time.)" if skipped else ""
+        return f"**No candidate keeps the bound.**{words}{some}"
     one = _find(data, result["winner"])
     latency = one["latency"]
     times = ", ".join(
