@@ -209,7 +209,7 @@ def no_candidate(entries: list[Entry], bounds: Bounds) -> GateError:
         why = f"; {tried.name}: {tried.reason}" if tried else ""
         return GateError(f"no candidate was measured{why}", hint="give more time, or look at the failed builds")
     entry, missed = found
-    by = f"{100 * (missed.miss - 1):.1f} %"
+    by = f"a factor of {missed.miss:.3g}"
     skipped = sum(entry.status == "not tried" for entry in entries)
     what = f"no candidate of those tried keeps the bound, {skipped} were not tried for lack of time" if skipped else ""
     return GateError(
