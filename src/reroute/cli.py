@@ -87,6 +87,9 @@ def build_parser() -> Parser:
     _add_eval(command("eval", "Score bundles on questions with known answers, and compare them."))
     _add_bench(command("bench", "Measure latency and memory of bundles, interleaved, with raw samples."))
     _add_compare(command("compare", "Compare two measurements or two bundles; exit 3 when one got slower or larger."))
+    tune = command("tune", "Find the best schedule under a latency or memory bound, on this machine.")
+    tune.epilog = "Exit code 3 when no candidate keeps the bounds. Search questions are never the held-out scenes."
+    _add_tune(tune)
     inspect = command("inspect", "Say what a checkpoint, an export or a bundle is.")
     inspect.add_argument("path", type=Path, metavar="PATH")
     _json(inspect)
@@ -227,6 +230,51 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Hugging Face checkpoint directory")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="write tune.json, tune.md and routing.toml there"
+    )
+    bounds = parser.add_argument_group("bounds, at least one; all must hold")
+    bounds.add_argument("--prefill-ms", type=float, metavar="X", help="median prefill at most this")
+    bounds.add_argument("--end-to-end-ms", type=float, metavar="X", help="vision, prefill and --tokens steps at most")
+    bounds.add_argument("--speedup", type=float, metavar="X", help="prefill at least X times faster than dense")
+    bounds.add_argument("--kv-mib", type=float, metavar="X", help="KV bytes of the prompt at most (exact)")
+    bounds.add_argument("--memory-mib", type=float, metavar="X", help="the plan's estimated peak at most")
+    space = parser.add_argument_group("search space: methods x averages x layers x shapes")
+    space.add_argument("--space", type=Path, metavar="FILE", help="a TOML file instead, see docs/tuning.md")
+    space.add_argument("--methods", metavar="M,M,...", help="default: all by name; removal and reroute need --layers")
+    space.add_argument("--averages", metavar="A,A,...", help="visual tokens per layer (default 1/9,1/6,2/9,1/3)")
+    space.add_argument("--layers", metavar="L,L;L,...", help="decision layers (default own: the method's)")
+    space.add_argument("--shapes", metavar="S,S", help="uniform, halving, geometric (default own: the method's)")
+    search = parser.add_argument_group("search")
+    limit = search.add_mutually_exclusive_group()
+    limit.add_argument("--questions", type=positive, metavar="N", help="of the first round; default: to use all")
+    limit.add_argument("--budget-minutes", type=minutes, metavar="M", help="fit the search into this time")
+    search.add_argument("--keep-bundle", action="store_true", help="keep the winner's bundle, as DIR/bundle")
+    search.add_argument("--dry-run", action="store_true", help="print the search space, build nothing")
+    measure = parser.add_argument_group("measurement, as in `reroute bench`")
+    measure.add_argument(
+        "--text", type=positive, default=64, metavar="N", help="text tokens of the prompt (default 64)"
+    )
+    measure.add_argument("--tokens", type=positive, default=16, metavar="N", help="decode steps (default 16)")
+    measure.add_argument("--warmup", type=count, default=3, metavar="N", help="rounds thrown away (default 3)")
+    measure.add_argument("--repeat", type=positive, default=10, metavar="N", help="rounds that count (default 10)")
+    measure.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
+    _provider(measure)
+    parser.add_argument("--max-text", type=positive, default=512, help="text tokens of a whole dialogue (default 512)")
+    parser.add_argument("--max-images", type=positive, default=2, help="images of a whole dialogue (default 2)")
+    parser.add_argument("--grids", metavar="RxC,...", help=_GRIDS_HELP)
+    parser.add_argument("--force", action="store_true", help="replace the output directory")
+    _json(parser)
+    add_question_set(
+        parser,
+        number=400,
+        seed="of the scenes, of what is kept back, and of the measurement's order (default 0)",
+        split="validation, the only one that a search may see",
+    )
+
+
 def add_measurement(parser: Any, *, repeat: int) -> None:
     """How to measure. Nothing has a default here: what was given can be told from what was not."""
     parser.add_argument("--text", type=grid, metavar="N,N,...", help="text tokens of the prompt (default 64,256)")
@@ -238,19 +286,25 @@ def add_measurement(parser: Any, *, repeat: int) -> None:
     parser.add_argument("--provider", metavar="P", help="where ONNX Runtime runs, as in `reroute run` (default cpu)")
 
 
-def add_question_set(parser: argparse.ArgumentParser) -> None:
-    """Which questions to ask; read by `reroute.evaluation.command.question_set`."""
+def add_question_set(
+    parser: argparse.ArgumentParser,
+    *,
+    number: int = 1000,
+    seed: str = "of the scenes (default 0)",
+    split: str = "heldout (default) or validation",
+) -> None:
+    """Which questions to ask; read by `reroute.evaluation.command.question_set`. The rest is what the help says."""
     parser.add_argument(
         "--set",
         default="scenes",
         help="scenes (generated, the default), or a dataset on disk: refcoco, refcoco+, refcocog, pope, gqa",
     )
     scenes = parser.add_argument_group("generated scenes")
-    scenes.add_argument("--grounding", type=int, metavar="N", help="questions for a box (default 1000)")
-    scenes.add_argument("--vqa", type=int, metavar="N", help="one-word questions (default 1000)")
+    scenes.add_argument("--grounding", type=int, metavar="N", help=f"questions for a box (default {number})")
+    scenes.add_argument("--vqa", type=int, metavar="N", help=f"one-word questions (default {number})")
     scenes.add_argument("--objects", metavar="LOW-HIGH", help="objects of a scene (default 3-7)")
-    scenes.add_argument("--seed", type=int, help="of the scenes (default 0)")
-    scenes.add_argument("--split", help="heldout (default) or validation")
+    scenes.add_argument("--seed", type=int, help=seed)
+    scenes.add_argument("--split", help=split)
     data = parser.add_argument_group("datasets on disk; nothing is downloaded")
     data.add_argument("--data", type=Path, metavar="PATH", help="annotations: a file or a folder")
     data.add_argument("--images", type=Path, metavar="DIR", help="default: where the annotations say")
@@ -259,7 +313,7 @@ def add_question_set(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--limit", type=positive, metavar="N", help="ask the first N questions only")
 
 
-def _provider(parser: argparse.ArgumentParser) -> None:
+def _provider(parser: Any) -> None:
     parser.add_argument(
         "--provider",
         default="cpu",
@@ -289,6 +343,17 @@ def _at_least(least: int, text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < least:
         raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+    return value
+
+
+def minutes(text: str) -> float:
+    """An argument that is a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
     return value
 
 
@@ -325,6 +390,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         from reroute.bench.compare_command import run as compare
 
         return compare(args)
+    if args.command == "tune":
+        from reroute.tuning.command import run as tune
+
+        return tune(args)
     from reroute import commands
 
     return getattr(commands, args.command)(args)

@@ -37,7 +37,7 @@ _PACKAGES = (
 )
 _CORE = ("jinja2", "numpy", "pillow", "rich", "tokenizers")
 
-# Packages of each command and the extra of pyproject.toml that installs them; a tuple is a choice.
+# Packages of each command and the extras of pyproject.toml that install them; a tuple is a choice.
 COMMANDS: dict[str, tuple[str, tuple[str | tuple[str, ...], ...]]] = {
     "run": ("ort", (*_CORE, _ORT)),
     "eval": ("ort", (*_CORE, _ORT)),
@@ -46,6 +46,10 @@ COMMANDS: dict[str, tuple[str, tuple[str | tuple[str, ...], ...]]] = {
     "build": ("build", (*_CORE, _ORT, "onnx", "polygraphy")),
     "check": ("build", (*_CORE, _ORT, "onnx", "polygraphy")),
     "export": ("export", (*_CORE, "onnx", "onnxscript", "safetensors", "torch", "transformers")),
+    "tune": (
+        "export,build",
+        (*_CORE, _ORT, "onnx", "onnxscript", "polygraphy", "safetensors", "torch", "transformers"),
+    ),
 }
 
 NOT_PROVEN = (
