@@ -7,6 +7,7 @@ writes a few numbers into them. Prompt steps bind their inputs anew and also ret
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from reroute.errors import UserError
 from reroute.manifest import Grid
-from reroute.runtime.backend import BackendOptions, StepOutputs
+from reroute.runtime.backend import BackendOptions, StepOutputs, require_rows
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import StepInputs, rows_added
 from reroute.runtime.positions import VisualTokens
@@ -158,6 +159,27 @@ class OrtBackend:
             for name in (f"{layer}.key", f"{layer}.value")
         )
         return key[:, :, :rows], value[:, :, :rows]
+
+    def load(self, caches: Sequence[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray) -> None:
+        """Write earlier rows into the caches, in place.
+
+        Raises:
+            ValueError: see `Backend.load`.
+        """
+        text, schedule = self._manifest.model.text, self._manifest.schedule
+        require_rows(caches, lengths, capacity=self._capacity, schedule=schedule, text=text, dtype=self._dtype)
+        self._lengths[:] = 0
+        for layer, pair in enumerate(caches):
+            for kind, rows in zip(("key", "value"), pair, strict=True):
+                self._write(f"{layer}.{kind}", rows)
+        self._lengths[:] = lengths
+
+    def _write(self, name: str, rows: np.ndarray) -> None:
+        """Put [1, H_kv, rows, head_dim] at the start of a cache, for every row of a batch."""
+        array = self._caches[name]
+        array[:, :, : rows.shape[2]] = rows
+        if self._options.provider != "cpu":  # there the array is only the place to gather rows for the copy
+            self._values[name].update_inplace(array)
 
     def reset(self) -> None:
         """Forget all rows: what lies behind `lengths` is never read."""
