@@ -204,12 +204,24 @@ class OrtBackend:
             )
         return wanted
 
-    def _load(self, path: Path) -> Any:
+    def _session_options(self) -> Any:
+        """What every graph is loaded with.
+
+        Prepacking stays on: the weights are mapped from their file, and as each matrix is packed its mapped pages are
+        let go, so that weights are in memory once. Without it they are the mapped pages, no fewer, and a step is slower.
+        """
         options = self._ort.SessionOptions()
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._options.spinning)))
         if self._options.threads is not None:
             options.intra_op_num_threads = self._options.threads
+        # A pattern lets a run of the same shapes take all its memory as one block. The second prompt of a length would
+        # get such a block beside what the arena already holds, and keep it; a decode step gains nothing from it.
+        options.enable_mem_pattern = False
         options.log_severity_level = 3
+        return options
+
+    def _load(self, path: Path) -> Any:
+        options = self._session_options()
         try:
             session = self._ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
