@@ -105,7 +105,8 @@ class Chat:
         """Token ids that first prompts with this system text start with, whatever the question and its images.
 
         Found by rendering different questions: a tokenizer may join the end of the shared text with the start of a
-        question, and such tokens are no part of it.
+        question, and such tokens are no part of it. No choice of questions shows every joint, so a prompt is compared
+        with its prefix before it runs (`Prefix.rest`).
 
         Returns:
             The ids, and how many more tokens the shared text has by itself: those that were cut.
@@ -121,9 +122,11 @@ class Chat:
                 hint="start the dialogue with the system text and without a prefix: session.reset(system=...)",
             )
         starts = [[system_message(system), one] for one in questions]
-        shared = commonprefix([self.first_turn(start) for start in starts])
-        alone = self._encode_start(commonprefix([self.render(start) for start in starts]))
-        return shared, max(0, len(alone) - len(shared))
+        text = commonprefix([self.render(start) for start in starts])
+        # A space or a line end in front of the question is what most tokenizers join with its first word.
+        before_space = self._encode_start(text.rstrip())
+        shared = commonprefix([*(self.first_turn(start) for start in starts), before_space])
+        return shared, max(0, len(self._encode_start(text)) - len(shared))
 
     def _render_or_none(self, messages: Sequence[Message]) -> str | None:
         try:
