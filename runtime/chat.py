@@ -8,8 +8,7 @@ q2 ASSISTANT:`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from reroute.errors import UserError
 from reroute.manifest import Tokens
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Message = dict[str, Any]
+Prompt = TypeVar("Prompt", str, list[int])
 
 # Private-use characters: no template changes them, no question holds them by accident.
 _SENTINEL = "\ue0f0answer\ue0f1"
@@ -116,16 +116,16 @@ class Chat:
         """
         self.require_system(system)
         questions = [user_message(probe, num_images=images) for probe in _PROBES for images in (0, 1)]
-        if _SENTINEL not in commonprefix([self.render([system_message(_SENTINEL), one]) for one in questions]):
+        if _SENTINEL not in _common_start([self.render([system_message(_SENTINEL), one]) for one in questions]):
             raise UserError(
                 "the chat template writes a system text behind the start of the question, so that there is no prefix",
                 hint="start the dialogue with the system text and without a prefix: session.reset(system=...)",
             )
         starts = [[system_message(system), one] for one in questions]
-        text = commonprefix([self.render(start) for start in starts])
+        text = _common_start([self.render(start) for start in starts])
         # A space or a line end in front of the question is what most tokenizers join with its first word.
         before_space = self._encode_start(text.rstrip())
-        shared = commonprefix([*(self.first_turn(start) for start in starts), before_space])
+        shared = _common_start([*(self.first_turn(start) for start in starts), before_space])
         return shared, max(0, len(self._encode_start(text)) - len(shared))
 
     def _render_or_none(self, messages: Sequence[Message]) -> str | None:
@@ -161,3 +161,9 @@ class Chat:
         if anchor and both[: len(anchor)] == anchor:
             return both[len(anchor) :]
         return self.tokenizer.encode(tail, add_special_tokens=False).ids
+
+
+def _common_start(prompts: Sequence[Prompt]) -> Prompt:
+    """What all of them start with."""
+    first, last = min(prompts), max(prompts)  # every other one lies between these two
+    return next((first[:at] for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), first)

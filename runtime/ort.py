@@ -207,8 +207,8 @@ class OrtBackend:
     def _session_options(self) -> Any:
         """What every graph is loaded with.
 
-        Prepacking stays on: the weights are mapped from their file, and as each matrix is packed its mapped pages are
-        let go, so that weights are in memory once. Without it they are the mapped pages, no fewer, and a step is slower.
+        Prepacking stays on: the weights are mapped from their file, and as a matrix is packed its mapped pages are let
+        go, so that weights are in memory once. Without it they are the mapped pages, no fewer, and a step is slower.
         """
         options = self._ort.SessionOptions()
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._options.spinning)))

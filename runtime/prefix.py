@@ -151,9 +151,7 @@ class Prefix:
             cut=header.cut,
             lengths=lengths,
             shift=header.shift,
-            caches=tuple(
-                (arrays[f"cache.{layer}.key"], arrays[f"cache.{layer}.value"]) for layer in range(layers)
-            ),
+            caches=tuple((arrays[f"cache.{layer}.key"], arrays[f"cache.{layer}.value"]) for layer in range(layers)),
             decoder_sha256=header.decoder_sha256,
         )
 

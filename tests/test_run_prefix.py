@@ -44,7 +44,9 @@ def test_a_saved_prefix_answers_as_the_text_that_it_was_made_of(
     assert [turn["prefix_tokens"] for turn in turns] == [len(prefix.token_ids)] * 3 + [0]
     assert [turn["token_ids"] for turn in turns[1:3]] == [turns[0]["token_ids"]] * 2
     # The prompt without a system text is two tokens longer: <s> and USER: are in the prefix.
-    assert [turn["prompt_tokens"] for turn in turns] == [turns[3]["prompt_tokens"] - 2] * 3 + [turns[3]["prompt_tokens"]]
+    assert [turn["prompt_tokens"] for turn in turns] == [turns[3]["prompt_tokens"] - 2] * 3 + [
+        turns[3]["prompt_tokens"]
+    ]
 
 
 def test_the_report_says_what_was_taken_and_reused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

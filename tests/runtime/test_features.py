@@ -182,6 +182,7 @@ def test_images_of_several_grids_are_kept_one_by_one() -> None:
     assert not any(np.shares_memory(part.embeds, pair.embeds) for part in parts)
     np.testing.assert_array_equal(join(parts).embeds.ravel(), pair.embeds.ravel())
     assert parts[1].deepstack is not None
+    assert pair.deepstack is not None
     np.testing.assert_array_equal(parts[1].deepstack, pair.deepstack[:, 1:])
 
 

@@ -89,7 +89,8 @@ def test_past_and_present_are_one_memory_for_the_whole_session(tiny_bundle: Path
         assert isinstance(backend, OrtBackend)
         before = addresses(backend)
         assert len(set(before)) == 2 * LAYERS
-        rows = [tuple(np.array(array) for array in backend.cache(layer)) for layer in range(LAYERS)]
+        pairs = [backend.cache(layer) for layer in range(LAYERS)]
+        rows = [(np.array(key), np.array(value)) for key, value in pairs]
         lengths = backend.lengths
 
         def bound() -> list[set[int]]:

@@ -20,6 +20,7 @@ from reroute.runtime import Prefix, Session
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.chat import Chat, system_message, user_message
 from reroute.runtime.layout import Layout, lay_out
+from reroute.runtime.ort import OrtBackend
 from reroute.runtime.positions import Positions
 from tests.conftest import DEMO_MODEL
 from tests.runtime import fakes
@@ -311,9 +312,7 @@ class TestFile:
             ({"cache.5.value": np.zeros((1, 2, 3, 4), np.float32)}, "differ in shape or dtype"),
         ],
     )
-    def test_a_file_that_is_not_one(
-        self, prefix: Prefix, tmp_path: Path, change: dict[str, object], says: str
-    ) -> None:
+    def test_a_file_that_is_not_one(self, prefix: Prefix, tmp_path: Path, change: dict[str, object], says: str) -> None:
         path = tmp_path / "prefix.npz"
         prefix.save(path)
         arrays = scenario.load(path)
@@ -337,12 +336,12 @@ class TestFile:
         prefix.save(path)
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
-        with pytest.raises(UserError, match="cannot read prefix.npz"):
+        with pytest.raises(UserError, match=r"cannot read prefix\.npz"):
             Prefix.load(path)
         changed = bytearray(data)
         changed[data.index(prefix.caches[0][0].tobytes()) + 9] ^= 1
         path.write_bytes(changed)
-        with pytest.raises(UserError, match="cannot read prefix.npz: .*CRC"):
+        with pytest.raises(UserError, match=r"cannot read prefix\.npz: .*CRC"):
             Prefix.load(path)
         np.savez(path, header=np.asarray([{}], dtype=object))
         with pytest.raises(UserError, match="allow_pickle"):
@@ -356,6 +355,8 @@ class TestEngine:
         with Session.open(system_bundle, threads=1) as session:
             prefix = session.prefix("is there a blue square ?")
             prefix.save(tmp_path / "prefix.npz")
+            arrays = [array for pair in prefix.caches for array in pair]
+            assert all(array.flags.owndata and array.flags.c_contiguous for array in arrays)
             features = session.encode(PICTURE)
             backend, positions, tokens = session.backend, session._positions, session.manifest.model.tokens
             ids = session._chat.first_turn(
@@ -374,7 +375,8 @@ class TestEngine:
             token = int(outputs.logits[0].argmax())
         with Session.open(system_bundle, threads=1) as session:
             addresses = [array.ctypes.data for array in session.backend.cache(0)]
-            session.reset(prefix=Prefix.load(tmp_path / "prefix.npz"))
+            saved = Prefix.load(tmp_path / "prefix.npz")
+            session.reset(prefix=saved)
             assert [array.ctypes.data for array in session.backend.cache(0)] == addresses
             answer = session.ask(question, PICTURE, max_new_tokens=1)
             assert answer.token_ids == (token,)
@@ -385,6 +387,8 @@ class TestEngine:
             # Where no image is routed, one long prompt gives the same rows up to rounding.
             session.reset(prefix=prefix)
             behind = session.ask(question, max_new_tokens=3)
+            for mine, theirs in zip(prefix.caches, saved.caches, strict=True):
+                np.testing.assert_array_equal(mine, theirs)
             rows = [session.backend.cache(layer)[0].copy() for layer in range(6)]
             session.reset(system=prefix.system)
             assert session.ask(question, max_new_tokens=3).token_ids == behind.token_ids
@@ -396,15 +400,17 @@ class TestEngine:
         with Session.open(system_bundle, threads=1) as session:
             prefix = session.prefix("is there a blue square ?")
             backend = session.backend
-            values = {name: ort_value.numpy().copy() for name, ort_value in backend._values.items()}  # type: ignore[attr-defined]
-            backend._options = dataclasses.replace(backend._options, provider="cuda")  # type: ignore[attr-defined]
-            backend._caches = {name: np.zeros_like(value) for name, value in values.items()}  # type: ignore[attr-defined]
+            assert isinstance(backend, OrtBackend)
+            backend._options = dataclasses.replace(backend._options, provider="cuda")
+            for name, value in backend._values.items():
+                value.update_inplace(np.full_like(backend._caches[name], 9))
+                backend._caches[name] = np.zeros_like(backend._caches[name])  # no longer the OrtValue's memory
             session.reset(prefix=prefix)
             for layer, (key, value) in enumerate(prefix.caches):
                 np.testing.assert_array_equal(backend.cache(layer)[0], key)
                 np.testing.assert_array_equal(backend.cache(layer)[1], value)
 
-    def test_the_decoder_has_its_own_identity(self, system_bundle: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    def test_the_decoder_has_its_own_identity(self, system_bundle: Path, tiny_bundle: Path) -> None:
         """Not the template's nor the vision graph's, but the weights' and the schedule's."""
         first = Bundle.open(tiny_bundle)
         assert Bundle.open(system_bundle).decoder_sha256 == first.decoder_sha256
@@ -418,4 +424,3 @@ class TestEngine:
         assert kept == {
             "chat_template.jinja", "tokenizer.json", "reference.npz", "vision.onnx", "vision.onnx.data"
         }  # fmt: skip
-        del tmp_path

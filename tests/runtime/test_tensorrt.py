@@ -157,7 +157,8 @@ def test_rows_of_another_session_are_loaded_and_built_upon(bundle: Path, tiny_bu
     trt, cuda = fake
     with Session.open(bundle) as session, Session.open(tiny_bundle, threads=1) as other:
         other.backend.step(step_of(other, [1, 5, 30, 40]))
-        rows = [tuple(array.copy() for array in other.backend.cache(layer)) for layer in range(6)]
+        pairs = [other.backend.cache(layer) for layer in range(6)]
+        rows = [(key.copy(), value.copy()) for key, value in pairs]
         session.ask(QUESTIONS[0], IMAGE, max_new_tokens=4)  # leaves rows behind, longer than the new ones
         held, addresses = len(cuda.memory), dict(trt.contexts[-2].addresses)
         session.backend.load(rows, other.backend.lengths)
