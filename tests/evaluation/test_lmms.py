@@ -220,7 +220,7 @@ def test_the_prompt_is_the_context_after_the_images(opened: Opened):
 
 
 def test_several_images_and_none(opened: Opened):
-    two = [Image.new("RGB", (9, 9)), Image.new("RGB", (9, 9))]
+    two = [Image.new("RGB", (9, 9)), Image.new("RGB", (9, 9), "white")]
     opened.ask(request("<image> <image>\nwhere is the cat ?", visuals=lambda document: two, max_new_tokens=1))
     assert [len(pixels) for pixels in opened.backend.encoded] == [2]
     for nothing in ([], None, [None]):
