@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from reroute.runtime.backend import Backend as Backend
     from reroute.runtime.backend import BackendOptions as BackendOptions
     from reroute.runtime.bundle import Bundle as Bundle
+    from reroute.runtime.features import Features as Features
     from reroute.runtime.overlay import parse_box as parse_box
     from reroute.runtime.page import route_page as route_page
     from reroute.runtime.picture import route_picture as route_picture
+    from reroute.runtime.prefix import Prefix as Prefix
     from reroute.runtime.sampling import Sampling as Sampling
     from reroute.runtime.session import Session as Session
     from reroute.runtime.text import Token as Token
@@ -34,6 +36,8 @@ _HOME = {
     "Backend": "backend",
     "BackendOptions": "backend",
     "Bundle": "bundle",
+    "Features": "features",
+    "Prefix": "prefix",
     "Sampling": "sampling",
     "Session": "session",
     "Timings": "answer",

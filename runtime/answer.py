@@ -24,6 +24,7 @@ class Timings:
         prefill_tokens: text and visual tokens of the first step.
         decode_tokens: number of later steps: one less than the sampled tokens, whose first belongs to the
             prefill.
+        images_reused: images whose features were there already; `vision_ms` is only the time to find them.
     """
 
     image_ms: float
@@ -32,6 +33,7 @@ class Timings:
     decode_ms: float
     prefill_tokens: int
     decode_tokens: int
+    images_reused: int = 0
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -84,6 +86,7 @@ class Answer:
         visual_tokens: visual tokens of the question's images that entered the decoder.
         timings: see `Timings`.
         views: how each of the question's images was seen.
+        prefix_tokens: text tokens in front of those, taken from a saved prefix and not run.
     """
 
     text: str
@@ -95,6 +98,7 @@ class Answer:
     visual_tokens: int
     timings: Timings
     views: tuple[View, ...] = ()
+    prefix_tokens: int = 0
 
 
 class AnswerStream(Iterator[Token]):

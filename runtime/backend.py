@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from reroute.errors import UserError, nearest
+from reroute.manifest import TextModel
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import StepInputs
 from reroute.runtime.positions import VisualTokens
+from reroute.schedule import Schedule
 
 # Backend of a manifest -> module and class. Modules are imported when a bundle of theirs is opened.
 BACKENDS: dict[str, str] = {
@@ -93,6 +96,18 @@ class Backend(Protocol):
         """Keys and values of a layer's valid rows, [B, H_kv, rows, head_dim]; views where possible."""
         ...
 
+    def load(self, caches: Sequence[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray) -> None:
+        """Replace all rows by earlier ones, as `cache` gave them at batch 1; nothing runs.
+
+        Args:
+            caches: keys and values of each layer, [1, H_kv, rows, head_dim] in the caches' dtype.
+            lengths: int32 [stages], the rows of each stage's layers.
+
+        Raises:
+            ValueError: other shapes or dtypes than the caches', or more rows than they hold. No rows are valid then.
+        """
+        ...
+
     def reset(self) -> None:
         """Forget all rows."""
         ...
@@ -112,3 +127,24 @@ def open_backend(bundle: Bundle, options: BackendOptions | None = None) -> Backe
         )
     module, _, kind = BACKENDS[name].partition(":")
     return getattr(importlib.import_module(module), kind)(bundle, options or BackendOptions())
+
+
+def require_rows(
+    caches: Sequence[tuple[np.ndarray, np.ndarray]],
+    lengths: np.ndarray,
+    *,
+    capacity: np.ndarray,
+    schedule: Schedule,
+    text: TextModel,
+    dtype: np.dtype | type,
+) -> None:
+    """Compare rows to `Backend.load` with the caches. Raises ValueError."""
+    if len(caches) != text.num_layers or len(lengths) != len(capacity):
+        raise ValueError(f"{len(caches)} layers in {len(lengths)} stages, not {text.num_layers} in {len(capacity)}")
+    if (lengths > capacity).any():
+        raise ValueError(f"{lengths.tolist()} cache rows of {capacity.tolist()}")
+    for layer, pair in enumerate(caches):
+        want = (1, text.num_kv_heads, int(lengths[schedule.stage_of_layer(layer)]), text.head_dim)
+        for array in pair:
+            if array.shape != want or array.dtype != dtype:
+                raise ValueError(f"rows of layer {layer} are {array.dtype} {array.shape}, not {np.dtype(dtype)} {want}")

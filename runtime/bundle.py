@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from reroute.errors import UserError
 from reroute.manifest import Manifest
 from reroute.runtime.chat import Chat
+from reroute.scenario import FILE_NAME as REFERENCE
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -74,16 +79,31 @@ class Bundle:
     @property
     def vision_sha256(self) -> str:
         """Of the vision graph and its weights: bundles that share it make the same features of an image."""
-        names = [self.manifest.parts[part].file for part in self.manifest.model.vision_parts]
-        own = [
-            f"{file}={entry.sha256}"
-            for file, entry in self.manifest.files.items()
-            if file.startswith((*names, "vision.onnx.data"))
-        ]
-        return hashlib.sha256("\n".join(own).encode()).hexdigest()
+        return self._hash(name for name in self.manifest.files if self._is_vision(name))
+
+    @property
+    def decoder_sha256(self) -> str:
+        """Of the decoder, its weights and its schedule: whatever is neither vision, nor text, nor recorded reference.
+
+        Bundles that share it make the same cache rows of the same tokens.
+        """
+        others = (TOKENIZER, CHAT_TEMPLATE, REFERENCE)
+        own = (name for name in self.manifest.files if name not in others and not self._is_vision(name))
+        schedule = json.dumps(asdict(self.manifest.schedule), sort_keys=True)
+        return hashlib.sha256(f"{self._hash(own)}\n{schedule}".encode()).hexdigest()
+
+    def _is_vision(self, name: str) -> bool:
+        parts = [self.manifest.parts[part].file for part in self.manifest.model.vision_parts]
+        return name.startswith((*parts, "vision.onnx.data"))
+
+    def _hash(self, names: Iterable[str]) -> str:
+        lines = [f"{name}={self.manifest.files[name].sha256}" for name in names]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, with truncation and padding off. Raises UserError."""
+        from tokenizers import Tokenizer
+
         path = self._listed(TOKENIZER)
         try:
             tokenizer = Tokenizer.from_file(str(path))

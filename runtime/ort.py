@@ -7,6 +7,7 @@ writes a few numbers into them. Prompt steps bind their inputs anew and also ret
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from reroute.errors import UserError
 from reroute.manifest import Grid
-from reroute.runtime.backend import BackendOptions, StepOutputs
+from reroute.runtime.backend import BackendOptions, StepOutputs, require_rows
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import StepInputs, rows_added
 from reroute.runtime.positions import VisualTokens
@@ -159,6 +160,27 @@ class OrtBackend:
         )
         return key[:, :, :rows], value[:, :, :rows]
 
+    def load(self, caches: Sequence[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray) -> None:
+        """Write earlier rows into the caches, in place.
+
+        Raises:
+            ValueError: see `Backend.load`.
+        """
+        text, schedule = self._manifest.model.text, self._manifest.schedule
+        require_rows(caches, lengths, capacity=self._capacity, schedule=schedule, text=text, dtype=self._dtype)
+        self._lengths[:] = 0
+        for layer, pair in enumerate(caches):
+            for kind, rows in zip(("key", "value"), pair, strict=True):
+                self._write(f"{layer}.{kind}", rows)
+        self._lengths[:] = lengths
+
+    def _write(self, name: str, rows: np.ndarray) -> None:
+        """Put [1, H_kv, rows, head_dim] at the start of a cache, for every row of a batch."""
+        array = self._caches[name]
+        array[:, :, : rows.shape[2]] = rows
+        if self._options.provider != "cpu":  # there the array is only the place to gather rows for the copy
+            self._values[name].update_inplace(array)
+
     def reset(self) -> None:
         """Forget all rows: what lies behind `lengths` is never read."""
         self._lengths[:] = 0
@@ -182,12 +204,24 @@ class OrtBackend:
             )
         return wanted
 
-    def _load(self, path: Path) -> Any:
+    def _session_options(self) -> Any:
+        """What every graph is loaded with.
+
+        Prepacking stays on: the weights are mapped from their file, and as a matrix is packed its mapped pages are let
+        go, so that weights are in memory once. Without it they are the mapped pages, no fewer, and a step is slower.
+        """
         options = self._ort.SessionOptions()
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._options.spinning)))
         if self._options.threads is not None:
             options.intra_op_num_threads = self._options.threads
+        # A pattern lets a run of the same shapes take all its memory as one block. The second prompt of a length would
+        # get such a block beside what the arena already holds, and keep it; a decode step gains nothing from it.
+        options.enable_mem_pattern = False
         options.log_severity_level = 3
+        return options
+
+    def _load(self, path: Path) -> Any:
+        options = self._session_options()
         try:
             session = self._ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception

@@ -42,21 +42,44 @@ class VisualTokens:
         """M, the images."""
         return len(self.embeds) if self.grids is None else len(self.grids)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(array.nbytes for array in (self.embeds, self.places, self.deepstack) if array is not None)
+
 
 def join(parts: Sequence[VisualTokens]) -> VisualTokens:
-    """The tokens of several images with grids, behind each other."""
+    """The tokens of several images: with grids behind each other, else stacked."""
     if len(parts) == 1:
         return parts[0]
+    alike = parts[0].grids is None
 
     def flat(array: np.ndarray) -> np.ndarray:
-        return array.reshape(*array.shape[:-3], 1, -1, array.shape[-1])
+        return array if alike else array.reshape(*array.shape[:-3], 1, -1, array.shape[-1])
 
     stacks = [flat(part.deepstack) for part in parts if part.deepstack is not None]
+    places = [part.places for part in parts if part.places is not None]
     return VisualTokens(
-        embeds=np.concatenate([flat(part.embeds) for part in parts], axis=1),
-        grids=tuple(grid for part in parts for grid in part.grids or ()),
-        deepstack=np.concatenate(stacks, axis=2) if stacks else None,
+        embeds=np.concatenate([flat(part.embeds) for part in parts], axis=0 if alike else 1),
+        places=np.concatenate(places) if places else None,
+        grids=None if alike else tuple(grid for part in parts for grid in part.grids or ()),
+        deepstack=np.concatenate(stacks, axis=1 if alike else 2) if stacks else None,
     )
+
+
+def split(visual: VisualTokens) -> list[VisualTokens]:
+    """The tokens of each image of one size, in memory of their own."""
+    if visual.num_images == 1:
+        return [visual]
+    return [
+        VisualTokens(
+            embeds=visual.embeds[image : image + 1].copy(),
+            places=None if visual.places is None else visual.places[image : image + 1].copy(),
+            grids=None if visual.grids is None else visual.grids[image : image + 1],
+            deepstack=None if visual.deepstack is None else visual.deepstack[:, image : image + 1].copy(),
+        )
+        for image in range(visual.num_images)
+    ]
 
 
 class Positions:

@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -15,31 +16,17 @@ from reroute.runtime import chat as messages
 from reroute.runtime.answer import Answer, AnswerStream, Timings, View
 from reroute.runtime.backend import Backend, BackendOptions, StepOutputs, open_backend
 from reroute.runtime.bundle import Bundle
-from reroute.runtime.image import ImageInput, grid_of, open_image, preprocess
+from reroute.runtime.features import DEFAULT_MIB, FeatureCache, Features, see
 from reroute.runtime.layout import Layout, lay_out, rows_added
-from reroute.runtime.positions import Positions, VisualTokens, join
+from reroute.runtime.positions import Positions, VisualTokens
+from reroute.runtime.prefix import AGAIN, Prefix
 from reroute.runtime.sampling import Sampler, Sampling
 from reroute.runtime.text import Token, Writer
 
+if TYPE_CHECKING:
+    from reroute.runtime.image import ImageInput
 
-@dataclass(frozen=True, kw_only=True)
-class Features:
-    """Encoded images, to ask about more than once: made by `Session.encode`, taken where an image is.
-
-    They fit every bundle with the same vision graph, whatever its decoder's schedule.
-
-    Attributes:
-        visual: the visual tokens.
-        vision_sha256: of the vision graph and its weights.
-        views: how the images were seen.
-    """
-
-    visual: VisualTokens
-    vision_sha256: str
-    views: tuple[View, ...] = ()
-
-
-Images = ImageInput | Sequence[ImageInput] | Features | None
+Images: TypeAlias = "ImageInput | Sequence[ImageInput] | Features | None"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +35,12 @@ class _Turn:
 
     number: int
     layout: Layout
-    images: list[np.ndarray] | VisualTokens  # batches float32 [M, 3, H, W] of one size each, or encoded before
+    images: list[np.ndarray] | VisualTokens  # float32 [3, H, W] each, or encoded before
     views: tuple[View, ...]
     image_ms: float
     messages: tuple[messages.Message, ...]
     max_new_tokens: int
+    prefix_tokens: int = 0
 
 
 class Session:
@@ -62,8 +50,9 @@ class Session:
     still works. Not for use from several threads.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, image_cache_mib: float = DEFAULT_MIB) -> None:
         """Use `Session.open`; this constructor takes a backend that is already there."""
+        self._features = FeatureCache(image_cache_mib)
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._backend: Backend | None = backend
@@ -81,6 +70,7 @@ class Session:
         provider: str = "cpu",
         spinning: bool = False,
         verify: bool = True,
+        image_cache_mib: float = DEFAULT_MIB,
     ) -> Session:
         """Check and load a bundle.
 
@@ -90,13 +80,15 @@ class Session:
             provider: of ONNX Runtime, see `BackendOptions`.
             spinning: let idle threads spin (see `BackendOptions`).
             verify: hash the files first.
+            image_cache_mib: MiB of features of the last images to keep, so that an image asked about again is not
+                encoded again; 0 for none.
 
         Raises:
             UserError: whatever is wrong with the bundle or the engine library.
         """
         options = BackendOptions(threads=threads, provider=provider, spinning=spinning)
         bundle = Bundle.open(path, verify=verify)
-        return cls(bundle, open_backend(bundle, options))
+        return cls(bundle, open_backend(bundle, options), image_cache_mib=image_cache_mib)
 
     def __enter__(self) -> Session:
         return self
@@ -107,44 +99,98 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free the engine and its caches; the session cannot be used any more."""
+        """Free the engine, its caches and the kept features; the session cannot be used any more."""
         self._backend = None
+        self._features.clear()
 
-    def reset(self) -> None:
-        """Forget the dialogue: the next question is the first one."""
+    def reset(self, *, prefix: Prefix | None = None, system: str | None = None) -> None:
+        """Forget the dialogue: the next question is the first one. Features of images are kept.
+
+        Args:
+            prefix: start behind these rows, which are copied into the caches: nothing is run.
+            system: start with this system text, which is run with the first question as one prompt. A prefix has its
+                own.
+
+        Raises:
+            UserError: the prefix is of another engine, or the chat template has no place for the system text. The
+                dialogue is then as it was, unless the prefix is damaged.
+        """
+        if prefix is not None and system is not None:
+            raise UserError("a prefix has its own system text", hint="give one of the two")
+        if prefix is not None and prefix.decoder_sha256 != self.bundle.decoder_sha256:
+            raise UserError(
+                f"the prefix was made by another engine ({prefix.decoder_sha256[:12]}...) than this bundle's "
+                f"({self.bundle.decoder_sha256[:12]}...)",
+                hint=AGAIN,
+            )
+        if system is not None:
+            self._chat.require_system(system)
         self.backend.reset()
-        self._messages: tuple[messages.Message, ...] = ()
+        self._prefix = prefix
+        text = system if prefix is None else prefix.system
+        self._messages: tuple[messages.Message, ...] = () if text is None else (messages.system_message(text),)
+        self._begun = False  # whether a question was asked
         self._pending: int | None = None  # a sampled token that belongs to the dialogue but was not run yet
         self._shift = 0  # see `Positions.shift`
         self._turns += 1
+        if prefix is not None:
+            self._load(prefix)
+
+    def prefix(self, system: str) -> Prefix:
+        """Run what the chat template makes of a system text, for `reset(prefix=...)`; forgets the dialogue.
+
+        Raises:
+            UserError: the chat template has no place for it, it holds an image's placeholder, or it does not fit the
+                caches.
+        """
+        ids, cut = self._chat.system_prefix(system)
+        tokens = self.manifest.model.tokens
+        if tokens.image_token_id in ids:
+            raise UserError(
+                f"the system text holds {tokens.image_token}, but a prefix is text only",
+                hint="leave it out, and give the image with a question",
+            )
+        self.reset()
+        layout = Layout.of_text(ids)
+        self._room_after(layout)
+        try:
+            self._step(layout, None)
+            layers = range(self.manifest.model.text.num_layers)
+            pairs = [self.backend.cache(layer) for layer in layers]
+            return Prefix(
+                system=system,
+                token_ids=tuple(ids),
+                cut=cut,
+                lengths=self.backend.lengths,
+                shift=self._shift,
+                caches=tuple((np.array(key), np.array(value)) for key, value in pairs),
+                decoder_sha256=self.bundle.decoder_sha256,
+            )
+        finally:
+            self.reset()
+
+    def _load(self, prefix: Prefix) -> None:
+        try:
+            self.backend.load(prefix.caches, prefix.lengths)
+        except ValueError as error:
+            self.reset()
+            raise UserError(f"the prefix does not fit the engine's caches: {error}", hint=AGAIN) from error
+        self._shift = prefix.shift
 
     def encode(self, image: ImageInput | Sequence[ImageInput]) -> Features:
         """Run the vision graph alone; the dialogue is untouched. Arguments and errors as in `stream`."""
         images = _as_list(image)
         if not images:
             raise UserError("there is no image to encode", hint="give a path, a Pillow image or a uint8 array")
-        batches, views = self._pixels(images)
-        visual = self._encode(batches)
-        assert visual is not None
+        pixels, views = see(images, self.manifest.model)
+        visual, _ = self._features.encode(pixels, self.backend.encode)
         return Features(visual=visual, vision_sha256=self.bundle.vision_sha256, views=views)
 
-    def _pixels(self, images: list[ImageInput]) -> tuple[list[np.ndarray], tuple[View, ...]]:
-        """Pixel values, in one batch where all images have one size, and how each image is seen."""
-        model = self.manifest.model
-        pixels, views, choices = [], [], len(model.vision.all_grids)
-        for one in images:
-            opened = open_image(one)
-            grid = grid_of(opened, model)
-            pixels.append(preprocess(opened, model.image, grid))
-            views.append(View(original=opened.size, pixels=pixels[-1].shape[:0:-1], grid=grid, choices=choices))
-        if len({array.shape for array in pixels}) == 1:
-            pixels = [np.stack(pixels)]
-        else:
-            pixels = [array[None] for array in pixels]
-        return pixels, tuple(views)
-
-    def _encode(self, batches: list[np.ndarray]) -> VisualTokens | None:
-        return join([self.backend.encode(batch) for batch in batches]) if batches else None
+    def _visual(self, images: list[np.ndarray] | VisualTokens) -> tuple[VisualTokens | None, int]:
+        """Visual tokens of a turn's images, and of how many images they were there already."""
+        if isinstance(images, VisualTokens):
+            return images, images.num_images
+        return self._features.encode(images, self.backend.encode) if images else (None, 0)
 
     @property
     def backend(self) -> Backend:
@@ -223,18 +269,16 @@ class Session:
             )
         if not prompt.strip() and not count:
             raise UserError("the prompt is empty", hint="ask a question")
-        if broken := [character for character in prompt if "\ud800" <= character <= "\udfff"]:
-            # What Python makes of bytes on the command line that are not UTF-8; tokenizers do not take it.
-            raise UserError(
-                f"the prompt is not valid UTF-8: it holds U+{ord(broken[0]):04X}",
-                hint="set terminal and shell to UTF-8",
-            )
+        messages.require_utf8(prompt, "prompt")
         start = time.perf_counter()
-        batches, views = self._pixels(inputs)
+        pixels, views = see(inputs, model)
         image_ms = _ms_since(start)
-        images, views = (image.visual, image.views) if isinstance(image, Features) else (batches, views)
+        images, views = (image.visual, image.views) if isinstance(image, Features) else (pixels, views)
         history = (*self._messages, messages.user_message(prompt, num_images=count))
-        ids = self._chat.next_turn(history) if self._messages else self._chat.first_turn(history)
+        ids = self._chat.next_turn(history) if self._begun else self._chat.first_turn(history)
+        prefix_tokens = 0
+        if self._prefix is not None and not self._begun:
+            ids, prefix_tokens = self._prefix.rest(ids), len(self._prefix.token_ids)
         layout = lay_out(
             ids,
             image_token=model.tokens.image_token,
@@ -253,6 +297,7 @@ class Session:
             messages=history,
             # The last sampled token is not run, so an answer needs one row less than it has tokens.
             max_new_tokens=min(max_new_tokens, self._room_after(layout) + 1),
+            prefix_tokens=prefix_tokens,
         )
 
     def _tokens_of(self, images: list[np.ndarray] | VisualTokens, views: tuple[View, ...]) -> int | list[int]:
@@ -287,14 +332,14 @@ class Session:
         number = self._turns
         layout = turn.layout
         start = time.perf_counter()
-        visual = turn.images if isinstance(turn.images, VisualTokens) else self._encode(turn.images)
+        visual, reused = self._visual(turn.images)
         vision_ms = _ms_since(start)
         start = time.perf_counter()
         outputs = self._step(layout, visual)
         prefill_ms = _ms_since(start)
         self._shift += self._positions.shift(visual)
         reply = messages.assistant_message("")
-        self._messages = (*turn.messages, reply)
+        self._messages, self._begun = (*turn.messages, reply), True
         self._pending = None
         entered = np.zeros(0, np.int64) if visual is None else self._positions.tokens(visual)
         routes = tuple(entered[np.isin(layout.visual_slots, r[0])] for r in outputs.routes)
@@ -337,6 +382,7 @@ class Session:
             decode_ms=decode_ms,
             prefill_tokens=layout.num_text + layout.num_visual,
             decode_tokens=len(ids) - 1,
+            images_reused=reused,
         )
         return Answer(
             text="".join(pieces),
@@ -348,6 +394,7 @@ class Session:
             visual_tokens=layout.num_visual,
             timings=timings,
             views=turn.views,
+            prefix_tokens=turn.prefix_tokens,
         )
 
     def _decode(self, token: int) -> StepOutputs:

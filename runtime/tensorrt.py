@@ -10,14 +10,14 @@ The two contexts and the vision engine never run at the same time, so they share
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from reroute.errors import RerouteError, UserError
-from reroute.runtime.backend import BackendOptions, StepOutputs
+from reroute.runtime.backend import BackendOptions, StepOutputs, require_rows
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import StepInputs, rows_added
 from reroute.runtime.positions import VisualTokens
@@ -193,6 +193,21 @@ class TensorRTBackend:
         key, value = (self._read_cache(f"{layer}.{kind}")[:, :, :rows] for kind in ("key", "value"))
         return key, value
 
+    def load(self, caches: Sequence[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray) -> None:
+        """Copy earlier rows into the caches on the device.
+
+        Raises:
+            ValueError: see `Backend.load`.
+        """
+        text, schedule = self._manifest.model.text, self._manifest.schedule
+        dtype = self._places["0.key"].dtype
+        require_rows(caches, lengths, capacity=self._capacity, schedule=schedule, text=text, dtype=dtype)
+        self._lengths[:] = 0
+        for layer, pair in enumerate(caches):
+            for kind, rows in zip(("key", "value"), pair, strict=True):
+                self._write_cache(f"{layer}.{kind}", rows)
+        self._lengths[:] = lengths
+
     def reset(self) -> None:
         """Forget all rows: what lies behind `lengths` is never read."""
         self._lengths[:] = 0
@@ -242,6 +257,16 @@ class TensorRTBackend:
         self._cuda.to_host(host.address, memory.address, memory.nbytes)
         self._cuda.wait()
         return host.array(0, place.dtype, place.shape).copy()
+
+    def _write_cache(self, name: str, rows: np.ndarray) -> None:
+        # The whole cache in one copy, because the rows of each head lie apart; what is behind them is never read.
+        place, memory = self._places[name], self._caches[name]
+        host = self._cuda.allocate_host(memory.nbytes)
+        view = host.array(0, place.dtype, place.shape)
+        view[:, :, : rows.shape[2]] = rows
+        view[:, :, rows.shape[2] :] = 0
+        self._cuda.to_device(memory.address, host.address, memory.nbytes)
+        self._cuda.wait()
 
     def _encode(self, pixel_values: np.ndarray) -> VisualTokens:
         room, count = self._vision_room, len(pixel_values)

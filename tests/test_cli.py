@@ -314,7 +314,8 @@ class FakeSession:
         self.asked: list[tuple[str, list[str]]] = []
         self.resets = 0
 
-    def reset(self) -> None:
+    def reset(self, *, prefix: object) -> None:
+        assert prefix is None
         self.resets += 1
 
     def stream(self, prompt: str, images: list[Path], **_: Any) -> Any:

@@ -168,6 +168,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random draw (default 0)")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
     _provider(parser)
+    parser.add_argument(
+        "--system", metavar="TEXT|@FILE", help="instructions in front of the dialogue, run once as a prefix"
+    )
+    parser.add_argument(
+        "--save-prefix", type=Path, metavar="FILE", help="keep the cache rows of --system in an .npz file"
+    )
+    parser.add_argument("--prefix", type=Path, metavar="FILE", help="start from a saved prefix; nothing of it is run")
     parser.add_argument("--picture", type=Path, metavar="FILE", help=_PICTURE_HELP)
     parser.add_argument("--interactive", action="store_true", help="read turns from the terminal")
     _json(parser)

@@ -21,7 +21,7 @@ from reroute.errors import EXIT_OK, RerouteError, UserError, nearest
 from reroute.folders import write_whole
 
 if TYPE_CHECKING:
-    from reroute.runtime import Answer, Sampling, Session
+    from reroute.runtime import Answer, Prefix, Sampling, Session
 
 _HELP = "/image PATH adds an image to the next question, /reset forgets the dialogue, /quit leaves"
 PICTURES = (".png", ".html")
@@ -55,14 +55,24 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--picture needs an image", hint="add --image FILE")
     if args.picture is not None:
         check_picture(args.picture)
-    from reroute.runtime import Sampling, Session
+    system = system_text(args.system) if args.system is not None else None
+    check_prefix(args)
+    from reroute.runtime import Prefix, Sampling, Session
 
+    prefix = Prefix.load(args.prefix) if args.prefix is not None else None
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     start = time.perf_counter()
     with Session.open(args.bundle, threads=args.threads, provider=args.provider) as session:
         load_ms = (time.perf_counter() - start) * 1000
+        if system is not None:
+            prefix = session.prefix(system)
+            if args.save_prefix is not None:
+                prefix.save(args.save_prefix)
+                print(f"wrote {args.save_prefix}: {describe_prefix(prefix)}", file=sys.stderr)
+        if prefix is not None:
+            session.reset(prefix=prefix)
         if args.interactive:
-            replies = interactive(session, sys.stdin, sampling, args.max_new_tokens)
+            replies = interactive(session, sys.stdin, sampling, args.max_new_tokens, prefix=prefix)
         else:
             replies = [
                 Reply(turn=turn, answer=_ask(session, turn, sampling, args.max_new_tokens, echo=not args.json))
@@ -76,6 +86,42 @@ def run(args: argparse.Namespace) -> int:
         elif replies:
             print_times(replies, load_ms, figures)
     return EXIT_OK
+
+
+def check_prefix(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together, and a file that cannot be written, before anything is loaded."""
+    if args.prefix is not None and args.system is not None:
+        raise UserError("--prefix has its own system text", hint="leave --system out")
+    if args.save_prefix is None:
+        return
+    if args.system is None:
+        raise UserError("--save-prefix needs a system text to run", hint="add --system TEXT, or --system @FILE")
+    parent = next(folder for folder in args.save_prefix.absolute().parents if folder.exists())
+    if args.save_prefix.is_dir() or not parent.is_dir():
+        raise UserError(
+            f"cannot write {args.save_prefix}: {args.save_prefix if parent.is_dir() else parent} is "
+            f"{'a' if parent.is_dir() else 'not a'} folder",
+            hint="give the path of a file, such as system.npz",
+        )
+
+
+def system_text(argument: str) -> str:
+    """TEXT, or for @FILE the text of a file without the line end behind it. Raises UserError."""
+    if not argument.startswith("@"):
+        return argument
+    path = Path(argument[1:])
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise UserError(f"cannot read the system text {path}: {error.strerror}", hint="check the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the system text {path} is not UTF-8: {error}", hint="save it as UTF-8") from error
+
+
+def describe_prefix(prefix: Prefix) -> str:
+    """`41 tokens, 96 KiB`, and how many were cut."""
+    cut = f", {prefix.cut} cut where a question may join them" if prefix.cut else ""
+    return f"{len(prefix.token_ids)} tokens{cut}, {report.format_bytes(prefix.nbytes)}"
 
 
 def turns_of(items: Iterable[tuple[str, str]]) -> list[Turn]:
@@ -99,8 +145,13 @@ def turns_of(items: Iterable[tuple[str, str]]) -> list[Turn]:
     return turns
 
 
-def interactive(session: Session, lines: TextIO, sampling: Sampling, max_new_tokens: int) -> list[Reply]:
-    """Read turns until the end of `lines` or /quit. What cannot be asked is reported, and it goes on."""
+def interactive(
+    session: Session, lines: TextIO, sampling: Sampling, max_new_tokens: int, *, prefix: Prefix | None = None
+) -> list[Reply]:
+    """Read turns until the end of `lines` or /quit. What cannot be asked is reported, and it goes on.
+
+    `prefix` is what /reset goes back to.
+    """
     replies: list[Reply] = []
     images: tuple[Path, ...] = ()
     prompt = "> " if sys.stdin.isatty() else ""
@@ -116,7 +167,7 @@ def interactive(session: Session, lines: TextIO, sampling: Sampling, max_new_tok
             if line == "/quit":
                 return replies
             if line == "/reset":
-                session.reset()
+                session.reset(prefix=prefix)
                 images = ()
             elif line.startswith("/image "):
                 path = Path(line.removeprefix("/image ").strip()).expanduser()
@@ -209,6 +260,7 @@ def to_dict(reply: Reply) -> dict[str, Any]:
         "token_ids": list(answer.token_ids),
         "stop_reason": answer.stop_reason,
         "prompt_tokens": answer.prompt_tokens,
+        "prefix_tokens": answer.prefix_tokens,
         "visual_tokens": answer.visual_tokens,
         "grids": [list(view.grid) for view in answer.views],
         "routes": [len(route) for route in answer.routes],
@@ -219,17 +271,23 @@ def to_dict(reply: Reply) -> dict[str, Any]:
 def print_times(replies: list[Reply], load_ms: float, figures: dict[str, float]) -> None:
     """Times and memory, on stderr."""
     rows = []
+    reused = 0
     for number, reply in enumerate(replies, start=1):
         answer, timings = reply.answer, reply.answer.timings
         step = f"{timings.decode_ms / timings.decode_tokens:.1f}" if timings.decode_tokens else "-"
         prompt = f"{answer.visual_tokens} + {answer.prompt_tokens}"
+        reused += timings.images_reused
         times = (f"{ms:.1f}" for ms in (timings.image_ms, timings.vision_ms, timings.prefill_ms))
         rows.append((number, prompt, *times, len(answer.token_ids), step, answer.stop_reason))
     columns = ("turn", "visual + text", "image ms", "vision ms", "prefill ms", "tokens", "ms/token", "stop")
     report.print_table(columns, rows, sys.stderr)
     used, held = figures["cache_bytes_used"], figures["cache_bytes"]
-    facts = [
-        ("load", f"{load_ms:.0f} ms"),
+    facts = [("load", f"{load_ms:.0f} ms")]
+    if taken := sum(reply.answer.prefix_tokens for reply in replies):
+        facts.append(("saved prefix", f"{taken} prompt tokens were taken from it and not run"))
+    if reused:
+        facts.append(("images encoded before", f"{reused}, whose features were taken again"))
+    facts += [
         ("KV cache", f"{report.format_bytes(used)} used of {report.format_bytes(held)}"),
         ("peak memory of the process", report.format_bytes(figures["peak_rss_bytes"])),
     ]

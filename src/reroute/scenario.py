@@ -31,6 +31,7 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -116,7 +117,7 @@ def _blobs(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return pixels.astype(np.float32)
 
 
-def save(path: Path, arrays: Arrays) -> None:
+def save(path: Path | BinaryIO, arrays: Arrays) -> None:
     """Write arrays as an uncompressed `.npz`; equal arrays give equal bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(arrays):

@@ -34,7 +34,7 @@ from reroute.manifest import (
 )
 from reroute.routing import RoutingSpec
 from reroute.runtime.answer import Answer, Timings
-from reroute.runtime.backend import StepOutputs
+from reroute.runtime.backend import StepOutputs, require_rows
 from reroute.runtime.layout import StepInputs, rows_added
 from reroute.runtime.positions import VisualTokens
 
@@ -228,6 +228,7 @@ class FakeBackend:
         self.steps: list[StepInputs] = []
         self.encoded: list[np.ndarray] = []
         self.fail = False
+        self.loads = 0
         self.reset()
 
     def reset(self) -> None:
@@ -294,6 +295,21 @@ class FakeBackend:
         values = np.asarray([value for value, _ in rows], dtype=np.float32)
         array = np.broadcast_to(values[None, None, :, None], (1, KV_HEADS, len(rows), HEAD_DIM))
         return array, array
+
+    def load(self, caches: Sequence[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray) -> None:
+        require_rows(
+            caches,
+            lengths,
+            capacity=np.asarray(self.manifest.cache_rows),
+            schedule=self.manifest.schedule,
+            text=self.manifest.model.text,
+            dtype=np.float32,
+        )
+        self.loads += 1
+        for index, stage in enumerate(self.manifest.schedule.stages):
+            first, *others = [caches[layer][0][0, 0, :, 0].tolist() for layer in range(stage.start, stage.stop)]
+            assert all(rows == first for rows in others)
+            self.rows[index] = [(value, position) for position, value in enumerate(first)]
 
     def describe(self) -> dict[str, str]:
         return {"engine": "fake"}

@@ -1,6 +1,7 @@
 """What the runtime may import: neither the toolchain of the other stages nor the other stages."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import reroute.runtime
+from reroute.runtime import Session
 from tests.runtime import fakes
 
 SOURCES = sorted(Path(reroute.runtime.__file__).parent.glob("*.py"))
@@ -90,3 +92,36 @@ for name in reroute.runtime.__all__:
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="Sesion"):
         _ = reroute.runtime.Sesion
+
+
+LIBRARIES = ("PIL", "tokenizers", "jinja2", "onnxruntime", "rich")
+
+
+def test_the_session_class_loads_no_library_but_numpy() -> None:
+    code = f"""
+import sys
+from reroute.runtime import Answer, Bundle, Features, Prefix, Sampling, Session
+print([name for name in {LIBRARIES!r} if name in sys.modules], "numpy" in sys.modules)
+"""
+    assert run(code).strip() == "[] True"
+
+
+def test_a_dialogue_of_text_loads_no_pillow_and_one_with_an_image_does(tiny_bundle: Path) -> None:
+    code = f"""
+import sys
+import numpy as np
+from reroute.runtime import Session
+with Session.open(sys.argv[1], threads=1) as session:
+    session.ask("where is the red circle ?", max_new_tokens=2)
+    print([name for name in {LIBRARIES!r} if name in sys.modules])
+    session.ask("where is it ?", np.zeros((40, 60, 3), np.uint8), max_new_tokens=1)
+    print("PIL" in sys.modules)
+"""
+    assert run(code, str(tiny_bundle)).splitlines() == ["['tokenizers', 'jinja2', 'onnxruntime']", "True"]
+
+
+def test_a_session_does_not_read_the_recorded_reference(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (tmp_path / "bundle" / "reference.npz").unlink()
+    with Session.open(tmp_path / "bundle", threads=1, verify=False) as session:
+        assert session.ask("where is the red circle ?", max_new_tokens=1).text is not None

@@ -17,15 +17,19 @@ from reroute.engines import TensorRTOptions, build, build_engine
 from reroute.engines.targets import LoweringOptions
 from reroute.errors import RerouteError, UserError
 from reroute.manifest import EngineBuild, Manifest
-from reroute.runtime import Sampling, Session
+from reroute.runtime import Prefix, Sampling, Session
 from reroute.runtime.backend import BackendOptions, StepOutputs, open_backend
 from reroute.runtime.bundle import Bundle
+from reroute.runtime.layout import Layout
+from reroute.runtime.positions import Positions
 from reroute.runtime.sampling import Sampler
 from reroute.runtime.tensorrt_cuda import Cuda, CudaError
 from reroute.runtime.tensorrt_fit import require_fit
 from reroute.runtime.tensorrt_graph import CapturedStep
 from reroute.runtime.tensorrt_plan import ALIGNMENT, Block, plan_decoder, plan_vision
 from tests import tensorrt_fakes as fakes
+from tests.runtime.test_chat import LLAVA
+from tests.runtime.test_prefix import with_template
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
 QUESTIONS = ("where is the red circle ?", "how many stars are there ?", "is there a blue square ?")
@@ -146,6 +150,47 @@ def test_a_step_that_does_not_fit_changes_nothing(bundle: Path, fake: Any) -> No
             with pytest.raises(ValueError, match="cache rows"):
                 session.backend.step(step)
             np.testing.assert_array_equal(session.backend.lengths, before)
+
+
+def test_rows_of_another_session_are_loaded_and_built_upon(bundle: Path, tiny_bundle: Path, fake: Any) -> None:
+    """What ONNX Runtime computed comes back as it was, at the same addresses, and the dialogue goes on from it."""
+    trt, cuda = fake
+    with Session.open(bundle) as session, Session.open(tiny_bundle, threads=1) as other:
+        other.backend.step(step_of(other, [1, 5, 30, 40]))
+        pairs = [other.backend.cache(layer) for layer in range(6)]
+        rows = [(key.copy(), value.copy()) for key, value in pairs]
+        session.ask(QUESTIONS[0], IMAGE, max_new_tokens=4)  # leaves rows behind, longer than the new ones
+        held, addresses = len(cuda.memory), dict(trt.contexts[-2].addresses)
+        session.backend.load(rows, other.backend.lengths)
+        gc.collect()
+        assert len(cuda.memory) == held
+        assert session.backend.lengths.tolist() == [4, 4, 4]
+        for layer, pair in enumerate(rows):
+            for mine, theirs in zip(session.backend.cache(layer), pair, strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+        for ids in ([50], [60, 9], [8]):  # a decode step, a prompt, a decode step
+            inputs = Positions(session.manifest).inputs(Layout.of_text(ids), None, other.backend.lengths)
+            mine, theirs = (one.backend.step(inputs).logits.copy() for one in (session, other))
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
+        assert trt.contexts[-2].addresses == addresses
+        for wrong, lengths in ((rows[:-1], [4, 4, 4]), (rows, [4, 4, 3]), (rows, [4, 4]), (rows, [9999] * 3)):
+            with pytest.raises(ValueError, match=r"layers|rows"):
+                session.backend.load(wrong, np.asarray(lengths, np.int32))
+
+
+def test_a_dialogue_starts_from_a_prefix(bundle: Path, fake: Any, tmp_path: Path) -> None:
+    del fake
+    copy = with_template(bundle, tmp_path / "bundle", LLAVA)
+    with Session.open(copy) as session:
+        prefix = session.prefix("is there a blue square ?")
+        prefix.save(tmp_path / "prefix.npz")
+        session.reset(system=prefix.system)
+        whole = session.ask(QUESTIONS[0], max_new_tokens=4)
+    with Session.open(copy) as session:
+        session.reset(prefix=Prefix.load(tmp_path / "prefix.npz"))
+        answer = session.ask(QUESTIONS[0], max_new_tokens=4)
+        assert answer.token_ids == whole.token_ids
+        assert answer.prefix_tokens == whole.prompt_tokens - answer.prompt_tokens == len(prefix.token_ids)
 
 
 def step_of(session: Session, ids: list[int]) -> Any:
