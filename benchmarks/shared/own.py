@@ -66,11 +66,19 @@ class OwnEngine:
 
     def __init__(self, path: Path, *, threads: int, spinning: bool = False) -> None:
         """Load it. Raises UserError."""
-        self.bundle = Bundle.open(path, verify=False)
-        self.manifest = self.bundle.manifest
-        self.backend: Backend = open_backend(self.bundle, BackendOptions(threads=threads, spinning=spinning))
+        bundle = Bundle.open(path, verify=False)
+        self._take(bundle, open_backend(bundle, BackendOptions(threads=threads, spinning=spinning)))
+
+    @classmethod
+    def of(cls, path: Path, backend: Backend) -> OwnEngine:
+        """The bundle at `path` with a backend that is already there."""
+        engine = cls.__new__(cls)
+        engine._take(Bundle.open(path, verify=False), backend)
+        return engine
+
+    def _take(self, bundle: Bundle, backend: Backend) -> None:
+        self.manifest, self.backend = bundle.manifest, backend
         self._positions = Positions(self.manifest)
-        self._shift = 0
 
     @property
     def kept(self) -> list[int]:
