@@ -50,7 +50,9 @@ BOUNDARY = {
 def main() -> None:
     """Measure and write."""
     parser = results.options(__doc__, "costs", repeat=20)
-    parser.add_argument("--runs", type=int, default=10, help="profiled runs of each engine, after two that do not count")
+    parser.add_argument(
+        "--runs", type=int, default=10, help="profiled runs of each engine, after two that do not count"
+    )
     args = parser.parse_args()
     machine = results.machine_facts()
     shop = results.workshop(args)
@@ -180,7 +182,9 @@ def against_allowed(
 
 def routing_share(profile: Mapping[str, Any]) -> float:
     """Select, gather and scatter of a routed prefill: the median over runs of their share of a run."""
-    return float(np.median([sum(run.get(group, 0.0) for group in ROUTING) / run["total"] for run in profile["samples"]]))
+    return float(
+        np.median([sum(run.get(group, 0.0) for group in ROUTING) / run["total"] for run in profile["samples"]])
+    )
 
 
 def markdown(data: dict[str, Any]) -> list[str]:

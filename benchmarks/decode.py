@@ -59,8 +59,12 @@ def main() -> None:
     parser = results.options(__doc__, "decode", repeat=20)
     parser.add_argument("--tokens", type=int, default=16, help="decode steps of a repetition")
     work = REPOSITORY / "out" / "benchmark"
-    parser.add_argument("--peers", type=Path, default=work / "peers-venv/bin/python", help="Python of the other engines")
-    parser.add_argument("--builder", type=Path, default=work / "builder-venv/bin/python", help="Python of genai's builder")
+    parser.add_argument(
+        "--peers", type=Path, default=work / "peers-venv/bin/python", help="Python of the other engines"
+    )
+    parser.add_argument(
+        "--builder", type=Path, default=work / "builder-venv/bin/python", help="Python of genai's builder"
+    )
     parser.add_argument(
         "--without", choices=("genai", "llama"), nargs="+", default=[], help="leave an engine out; the result says so"
     )
@@ -158,7 +162,7 @@ def agree(calls: dict[str, Callable[[bool], dict[str, Any]]]) -> dict[str, Any]:
         least = LEAST_COSINE[bits_of(name)]
         if not entry["cosine"] >= least:
             raise RerouteError(
-                f"logits of {name} have a cosine of {entry['cosine']:.4f} with transformers' float32, less than {least}",
+                f"logits of {name} have a cosine of {entry['cosine']:.4f} with transformers' float32, below {least}",
                 hint="it does not compute the same model: its conversion is wrong",
             )
     return found
@@ -177,7 +181,13 @@ def peer_workers(
         found.append(("llama.cpp", stack.enter_context(worker), list(files)))
     if "genai" not in args.without:
         models = {bits: genai(args.peers, args.builder, checkpoint, folder, bits) for bits in ("fp32", "int8", "int4")}
-        command = [str(args.peers), str(PEERS / "genai_worker.py"), str(args.threads), str(int(args.spinning)), str(rows)]
+        command = [
+            str(args.peers),
+            str(PEERS / "genai_worker.py"),
+            str(args.threads),
+            str(int(args.spinning)),
+            str(rows),
+        ]
         command += [f"{bits}={model}" for bits, model in models.items()]
         worker = Worker(command, log=logs / "genai.log", threads=args.threads)
         found.append(("genai", stack.enter_context(worker), list(models)))

@@ -1,4 +1,4 @@
-"""Memory and start: peak RSS of a session by profile and tier, bundle load time, and what `import reroute.runtime` takes.
+"""Memory and start: peak RSS of a session by profile and tier, bundle load time, time of `import reroute.runtime`.
 
     python -m benchmarks.footprint --profiles fp32,int8,int4
 
@@ -42,9 +42,7 @@ def main() -> None:
         settings = Settings(text=(64,), images=1, tokens=8, warmup=0, repeat=1, threads=args.threads)
         with report.progress(steps(settings, bundles=len(bundles)), profile) as advance:
             candidates += measure(bundles, settings, advance=advance)[0]
-    sessions = {
-        one.name: session_entry(one.memory, one.load_ms or 0.0, one.memory_samples) for one in candidates
-    }
+    sessions = {one.name: session_entry(one.memory, one.load_ms or 0.0, one.memory_samples) for one in candidates}
     data = results.document(
         "footprint",
         args,

@@ -34,7 +34,9 @@ def main() -> None:
     try:
         data = json.loads(args.results.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {args.results}: {error}", hint="python -m benchmarks.scaling writes it") from error
+        raise UserError(
+            f"cannot read {args.results}: {error}", hint="python -m benchmarks.scaling writes it"
+        ) from error
     draw(data, args.output)
 
 
@@ -61,8 +63,8 @@ def figure(data: dict[str, Any]) -> str:
                     va="center")  # fmt: skip
         for row, profile in enumerate(profiles):
             for column, axis in enumerate(_AXES):
-                bottom = 1 - (0.85 + 3.1 * (row + 1) - 0.65) / height
-                axes = canvas.add_axes((0.065 + 0.49 * column, bottom, 0.36, 2.1 / height))
+                bottom = 1 - (3.1 * row + 3.0) / height
+                axes = canvas.add_axes((0.065 + 0.495 * column, bottom, 0.29, 2.15 / height))
                 _panel(axes, data, profile, axis)
         words = "Medians, bars are quartiles; budgets stay those of 576 visual tokens. Vision is not in it."
         canvas.text(0.015, 0.06 / height, words, color=_FAINT, fontsize=9, va="bottom")
@@ -91,11 +93,11 @@ def _panel(axes: Any, data: dict[str, Any], profile: str, axis: str) -> None:
             axes.plot([size], [median], marker="o", markersize=5, gid=f"point-{name}-{size}", **look)
         words = "dense" if tier == "dense" else f"average {tier}"
         where: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
-        axes.annotate(f"{words}  {medians[-1]:.0f}", (sizes[-1], medians[-1]), (8, 0), **where, **look)
+        axes.annotate(f"{words}: {medians[-1]:.0f}", (sizes[-1], medians[-1]), (8, 0), **where, **look)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     # Sizes double: the small ones stand too close for labels.
-    ticks = [size for size in sizes if size >= sizes[-1] / 9]
+    ticks = [size for size in sizes if size >= sizes[-1] / 5]
     axes.set_xticks(ticks, map(str, ticks))
     axes.set_xlabel(_AXES[axis], color=_FAINT)
     axes.tick_params(axis="x", color=_FAINT, labelcolor=_FAINT, length=4)

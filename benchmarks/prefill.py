@@ -7,8 +7,8 @@ here). Everything else is made: checkpoint, exports, bundles. The prompt is 576 
 averages of visual tokens per layer, and every candidate of a tier has the same decision layers and budgets.
 
 The authors' code has two ways to run a reroute schedule, compact_route and compact_route_stagewise. Both are measured;
-`speedup_over_authors_bf16` is against the faster one of each tier. Its "dense" is against transformers' dense bf16: what
-their code is without routing.
+`speedup_over_authors_bf16` is against the faster one of each tier. Its "dense" is against transformers' dense bf16:
+what their code is without routing.
 
 In every single run the rows in each layer's cache are compared with what the schedule says, on both sides: an engine
 that did not route, or kept another number of tokens, ends the measurement. Before the rounds each candidate's last
@@ -41,8 +41,8 @@ ACTIONS = ("compact_route", "compact_route_stagewise")
 DTYPES = ("bfloat16", "float32")
 SCRIPT = REPOSITORY / "benchmarks" / "peers" / "torch_worker.py"
 BOUNDARY = {
-    "own": "the decoder's first step: token ids and embeddings of the visual rows on the host to logits of the last row "
-    "on the host, caches empty before",
+    "own": "the decoder's first step: token ids and embeddings of the visual rows on the host to logits of the last "
+    "row on the host, caches empty before",
     "transformers": "forward of LlavaForConditionalGeneration (sdpa, use_cache, logits_to_keep=1): token ids to logits "
     "of the last row, from an empty cache; image features are given, `get_image_features` returns stored ones",
     "authors": "the same forward with their patches on; putting them on and off is not in it",
@@ -56,7 +56,9 @@ def main() -> None:
     parser = results.options(__doc__, "prefill", repeat=30)
     peers = REPOSITORY / "out" / "benchmark"
     parser.add_argument("--authors", type=Path, default=peers / "mllm-reroute", help="clone of their code")
-    parser.add_argument("--transformers", type=Path, default=peers / "transformers-5.4.0", help="folder to import it from")
+    parser.add_argument(
+        "--transformers", type=Path, default=peers / "transformers-5.4.0", help="folder to import it from"
+    )
     parser.add_argument("--without-authors", action="store_true", help="our engine and transformers only")
     args = parser.parse_args()
     if not args.without_authors:
@@ -73,9 +75,7 @@ def main() -> None:
         if not args.without_authors:
             path = (args.transformers, args.authors)
             authors = stack.enter_context(Worker(start, log=logs / "authors.log", threads=args.threads, path=path))
-        engines = {
-            key: OwnEngine(path, threads=args.threads, spinning=args.spinning) for key, path in bundles.items()
-        }
+        engines = {key: OwnEngine(path, threads=args.threads, spinning=args.spinning) for key, path in bundles.items()}
         manifests = {tier: engines[tier, args.profiles[0]].manifest for tier in (DENSE, *TIERS)}
         text = manifests[DENSE].model.text
         prompt = make_prompt(text=TEXT, visual=VISUAL, hidden=text.hidden_size, vocab=text.vocab_size)
@@ -160,9 +160,7 @@ def own_run(engine: OwnEngine, prompt: Prompt) -> Callable[[], Sample]:
     return run
 
 
-def torch_run(
-    worker: Worker, file: str, dtype: str, manifest: Manifest, action: str | None
-) -> Callable[[], Sample]:
+def torch_run(worker: Worker, file: str, dtype: str, manifest: Manifest, action: str | None) -> Callable[[], Sample]:
     """One prefill of a torch worker; `action` None is dense."""
     schedule = schedule_of(manifest, action)
 
@@ -185,7 +183,7 @@ def schedule_of(manifest: Manifest, action: str | None) -> dict[str, Any] | None
 def agree(
     engines: dict[tuple[str, str], OwnEngine], hf: Worker, authors: Worker | None, prompt: Prompt, file: str
 ) -> dict[str, Any]:
-    """Each of our engines against the torch code of its tier in float32: last logits, and the share of equal kept tokens."""
+    """Each of our engines against the torch code of its tier in float32: last logits, and the share of kept tokens."""
     references: dict[str, Any] = {DENSE: hf.call("prefill", prompt=file, dtype="float32", logits=True)}
     found: dict[str, Any] = {}
     for (tier, profile), engine in engines.items():
@@ -241,7 +239,7 @@ def markdown(data: dict[str, Any]) -> list[str]:
     for name, value in medians.items():
         who, _, tier = name.rpartition(", ")
         rows.setdefault(who, {})[tier] = f"{value:.0f}"
-    tiers = (DENSE, *reversed(TIERS))
+    tiers = (DENSE, *reversed(list(TIERS)))
     lines = table(("prefill, ms", *tiers), [(who, *(row.get(tier, "") for tier in tiers)) for who, row in rows.items()])
     lines.append("")
     found = data["speedup_by_profile"]

@@ -35,7 +35,9 @@ BOUNDARY = {
 def main() -> None:
     """Measure, write, draw."""
     parser = results.options(__doc__, "scaling", repeat=10)
-    parser.add_argument("--visual", type=grid, default=(144, 288, 576, 1152, 2304), metavar="N,N", help=f"at {TEXT} text")
+    parser.add_argument(
+        "--visual", type=grid, default=(144, 288, 576, 1152, 2304), metavar="N,N", help=f"at {TEXT} text"
+    )
     parser.add_argument("--text", type=grid, default=(32, 64, 128, 256, 512, 1024), metavar="T,T", help=f"at {VISUAL}")
     parser.add_argument("--tiers", default="64", metavar="A,A", help=f"of {', '.join(TIERS)}")
     parser.add_argument("--figure", type=Path, default=REPOSITORY / "docs" / "scaling.svg")

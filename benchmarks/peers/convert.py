@@ -103,7 +103,7 @@ def write_llama(checkpoint: Path, folder: Path) -> None:
 
 def write_gguf(checkpoint: Path, file: Path) -> None:
     """float16 matrices, float32 norms."""
-    import gguf
+    import gguf  # pyright: ignore[reportMissingImports]
 
     config = text_config(checkpoint)
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
@@ -138,7 +138,7 @@ def write_gguf(checkpoint: Path, file: Path) -> None:
 
 def quantise(source: Path, target: Path, kind: str) -> None:
     """Every matrix in `kind`: the output matrix too, which llama.cpp would give more bits."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     lib: Any = llama_cpp
     params = lib.llama_model_quantize_default_params()

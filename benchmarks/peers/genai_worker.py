@@ -20,7 +20,7 @@ class Model:
     """A folder, loaded."""
 
     def __init__(self, folder: str, *, threads: int, spinning: bool, rows: int) -> None:
-        import onnxruntime_genai as genai
+        import onnxruntime_genai as genai  # pyright: ignore[reportMissingImports]
 
         self._genai: Any = genai
         self._rows = rows
@@ -55,7 +55,7 @@ class Model:
 def load() -> tuple[dict[str, Any], dict[str, Any]]:
     """Handlers and facts."""
     import onnxruntime
-    import onnxruntime_genai as genai
+    import onnxruntime_genai as genai  # pyright: ignore[reportMissingImports]
 
     threads, spinning, rows = (int(word) for word in sys.argv[1:4])
     models = {

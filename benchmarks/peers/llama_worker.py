@@ -19,7 +19,7 @@ class Model:
     """A GGUF file with one context, driven through the C API."""
 
     def __init__(self, file: str, *, threads: int, rows: int) -> None:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         self._lib: Any = llama_cpp
         self._model = self._lib.llama_model_load_from_file(file.encode(), self._lib.llama_model_default_params())
@@ -68,7 +68,7 @@ class Model:
 
 def load() -> tuple[dict[str, Any], dict[str, Any]]:
     """Handlers and facts."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     lib: Any = llama_cpp
     threads, rows = int(sys.argv[1]), int(sys.argv[2])
@@ -85,7 +85,11 @@ def load() -> tuple[dict[str, Any], dict[str, Any]]:
         result: dict[str, Any] = {"decode_ms": model.decode(words), "rows": model.rows()}
         return result | ({"logits": model.logits()} if logits else {})
 
-    facts = {"llama-cpp-python": lib.__version__, "llama.cpp": lib.llama_print_system_info().decode(), "threads": threads}
+    facts = {
+        "llama-cpp-python": lib.__version__,
+        "llama.cpp": lib.llama_print_system_info().decode(),
+        "threads": threads,
+    }
     return {"decode": decode}, facts
 
 

@@ -1,7 +1,7 @@
 """Where a run of a bundle's decoder spends its time, from ONNX Runtime's own profiler.
 
-The profiler writes an event for each node that ran, with the node's name. Names that begin with `RerouteSelect.` and so on
-come from the ops' bodies (see `reroute.engines.lower`); a projection is told by its weight's name,
+The profiler writes an event for each node that ran, with the node's name. Names that begin with `RerouteSelect.` and so
+on come from the ops' bodies (see `reroute.engines.lower`); a projection is told by its weight's name,
 `layers.3.gate_proj...`, which quantised forms keep at the beginning. ONNX Runtime's fusions append to a name, or put a
 node of a new name in its place: such a node is told by its op alone.
 """

@@ -82,6 +82,8 @@ class Worker:
         """Run a handler and return its result. Raises WorkerError."""
         time.sleep(self._settle_s)
         assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            raise self._dead()
         try:
             self._process.stdin.write(json.dumps({"call": name, "with": arguments}) + "\n")
             self._process.stdin.flush()
