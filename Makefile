@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 DEMO_ROUTING ?= reroute-pdrop:avg=1/9
 
-.PHONY: demo test lint format types venv check-runtime check-tensorrt check-gpu bindings
+.PHONY: demo test lint format types venv check-runtime check-tensorrt check-gpu bindings benchmark
 
 venv: $(STAMP)
 
@@ -62,6 +62,24 @@ check-runtime:
 	out/runtime-venv/bin/python -m pip install --quiet --disable-pip-version-check ".[ort]" polygraphy
 	out/runtime-venv/bin/reroute doctor
 	out/runtime-venv/bin/reroute check out/demo
+
+# Speed and size against others and against the aims, on an otherwise idle machine: about an hour. benchmarks/README.md says
+# what must be installed: the authors' code with transformers 5.4.0, onnxruntime-genai and llama-cpp-python, and
+# onnxruntime-genai's model builder. BENCHMARK_ARGS goes to every script, for example "--repeat 5".
+PROFILES ?= fp32
+BENCHMARK_ARGS ?=
+AUTHORS ?= out/benchmark/mllm-reroute
+AUTHORS_TRANSFORMERS ?= out/benchmark/transformers-5.4.0
+PEERS ?= out/benchmark/peers-venv/bin/python
+BUILDER ?= out/benchmark/builder-venv/bin/python
+MEASURE = $(BIN)/python -m benchmarks.
+benchmark: $(STAMP)
+	$(MEASURE)footprint --profiles $(PROFILES) $(BENCHMARK_ARGS)
+	$(MEASURE)prefill --profiles $(PROFILES) --authors $(AUTHORS) --transformers $(AUTHORS_TRANSFORMERS) $(BENCHMARK_ARGS)
+	$(MEASURE)costs --profiles $(PROFILES) $(BENCHMARK_ARGS)
+	$(MEASURE)decode --profiles $(PROFILES) --peers $(PEERS) --builder $(BUILDER) $(BENCHMARK_ARGS)
+	$(MEASURE)scaling --profiles $(PROFILES) $(BENCHMARK_ARGS)
+	$(MEASURE)summary
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

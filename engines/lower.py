@@ -7,6 +7,7 @@ stay nodes and their functions are dropped; `with_functions` puts the functions 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import onnx
 from onnx import inliner
@@ -39,6 +40,7 @@ def lower(model: onnx.ModelProto, dialect_name: str, *, form: Form = "native") -
         raise RerouteError(f"the dialect {dialect_name} has no body for {', '.join(missing)}", hint="export again")
     del lowered.functions[:]
     lowered.functions.extend(bodies[name] for name in sorted(used - kept))
+    _name_nodes(lowered.functions)
     _import(lowered, dialect.opsets)
     lowered = inliner.inline_local_functions(lowered)
     left = {node.op_type for node in lowered.graph.node if node.domain == DOMAIN}
@@ -81,6 +83,13 @@ def plugin_nodes(model: onnx.ModelProto) -> dict[str, int]:
 def _bodies(model: onnx.ModelProto, dialect: Dialect) -> dict[str, onnx.FunctionProto]:
     bodies = {function.name: function for function in model.functions if function.domain == DOMAIN}
     return bodies | {name: onnx.parser.parse_function(text) for name, text in dialect.bodies.items()}
+
+
+def _name_nodes(functions: Iterable[onnx.FunctionProto]) -> None:
+    """Name every node after its op, `RerouteSelect.scores`: inlined, it still says so, and so does a profile."""
+    for function in functions:
+        for node in function.node:
+            node.name = f"{function.name}.{node.output[0]}"
 
 
 def _call_full_attention(model: onnx.ModelProto) -> None:
