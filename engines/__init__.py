@@ -29,6 +29,7 @@ from reroute.engines.targets import TARGETS, LoweringOptions
 from reroute.errors import GateError, RerouteError, UserError, nearest
 from reroute.folders import check_output, whole_folder
 from reroute.manifest import Manifest, Part, file_table
+from reroute.tiers import require_one_tier
 
 if TYPE_CHECKING:
     from reroute.engines import build_engine  # run as a module, it must not be imported by its package
@@ -89,6 +90,7 @@ def build(
     if backend == "tensorrt":
         from reroute.engines.lowered import require_fixed_shapes
 
+        require_one_tier(manifest, "a TensorRT engine")
         require_fixed_shapes(manifest)
     if backend == "tensorrt" and tensorrt is None:
         raise UserError("a TensorRT engine needs a target", hint=f"add --target T; supported: {', '.join(TARGETS)}")
@@ -111,19 +113,29 @@ def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, tell: Progres
     import onnx
 
     from reroute.engines.lower import lower
+    from reroute.engines.tiers import take_budgets
 
     graphs = {part.file for part in manifest.parts.values()}
     for name in manifest.files:
         if name not in graphs:
             shutil.copyfile(export_dir / name, folder / name)
+    parts = dict(manifest.parts)
     for name, part in manifest.parts.items():
         tell(f"lowering the {name}")
-        graph = lower(onnx.load(export_dir / part.file, load_external_data=False), "ort")
-        onnx.save(graph, folder / part.file)
-        validate(folder / part.file, part)
+        neutral = onnx.load(export_dir / part.file, load_external_data=False)
+        if name == "decoder" and manifest.tiers:
+            neutral, parts[name] = take_budgets(neutral, manifest)
+        onnx.save(lower(neutral, "ort"), folder / part.file)
+        validate(folder / part.file, parts[name])
     versions = {**_versions(manifest), "build.onnxruntime": _onnxruntime_version()}
     return dataclasses.replace(
-        manifest, kind="bundle", backend="ort", files=file_table(folder), versions=versions, check=None
+        manifest,
+        kind="bundle",
+        backend="ort",
+        parts=parts,
+        files=file_table(folder),
+        versions=versions,
+        check=None,
     )
 
 
@@ -182,7 +194,7 @@ def _check(folder: Path) -> dict[str, object]:
     report = check_bundle(folder)
     if not report.passed:
         failed = [row for row in report.rows if not row.passed]
-        listed = "; ".join(f"{row.part}, {row.quantity}: {row.measured} (gate: {row.gate})" for row in failed)
+        listed = "; ".join(f"{row.where}, {row.quantity}: {row.measured} (gate: {row.gate})" for row in failed)
         raise GateError(
             f"the engine does not reproduce the reference: {listed}",
             hint="nothing was written; --no-check keeps the bundle so that `reroute check` can show all rows",

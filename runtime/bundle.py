@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -22,7 +22,7 @@ class Bundle:
 
     Attributes:
         path: the folder.
-        manifest: what `reroute.json` says.
+        manifest: what `reroute.json` says; of a bundle with tiers in one of them.
     """
 
     path: Path
@@ -62,6 +62,10 @@ class Bundle:
         if verify:
             manifest.verify_files(folder)
         return bundle
+
+    def at(self, tier: str | None) -> Bundle:
+        """The bundle in another of its tiers; None for the one that it is in. Raises UserError for an unknown one."""
+        return replace(self, manifest=self.manifest.at(tier))
 
     def part(self, name: str) -> Path:
         """Path of the graph or engine called `name` ("decoder", or see `Model.vision_part`). Raises UserError."""

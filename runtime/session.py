@@ -65,7 +65,7 @@ class Session:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         """Use `Session.open`; this constructor takes a backend that is already there."""
         self.bundle = bundle
-        self.manifest = bundle.manifest
+        self.manifest = bundle.manifest  # both in the tier in use
         self._backend: Backend | None = backend
         self._chat = bundle.chat()
         self._positions = Positions(self.manifest)
@@ -77,6 +77,7 @@ class Session:
         cls,
         path: str | Path,
         *,
+        tier: str | None = None,
         threads: int | None = None,
         provider: str = "cpu",
         spinning: bool = False,
@@ -86,6 +87,7 @@ class Session:
 
         Args:
             path: the bundle's folder.
+            tier: of a bundle with several, the one to begin in; None for its default.
             threads: CPU threads, None for the engine's choice.
             provider: of ONNX Runtime, see `BackendOptions`.
             spinning: let idle threads spin (see `BackendOptions`).
@@ -95,7 +97,7 @@ class Session:
             UserError: whatever is wrong with the bundle or the engine library.
         """
         options = BackendOptions(threads=threads, provider=provider, spinning=spinning)
-        bundle = Bundle.open(path, verify=verify)
+        bundle = Bundle.open(path, verify=verify).at(tier)
         return cls(bundle, open_backend(bundle, options))
 
     def __enter__(self) -> Session:
@@ -110,9 +112,26 @@ class Session:
         """Free the engine and its caches; the session cannot be used any more."""
         self._backend = None
 
-    def reset(self) -> None:
-        """Forget the dialogue: the next question is the first one."""
-        self.backend.reset()
+    @property
+    def tier(self) -> str:
+        """The tier in use; empty for a bundle without tiers."""
+        return self.manifest.tier
+
+    def reset(self, tier: str | None = None) -> None:
+        """Forget the dialogue: the next question is the first one.
+
+        Args:
+            tier: the tier of the next dialogue, without loading anything; None for the same as before.
+
+        Raises:
+            UserError: an unknown tier; the dialogue then goes on.
+        """
+        bundle = self.bundle.at(tier)
+        if bundle.manifest is self.manifest:
+            self.backend.reset()
+        else:
+            self.backend.use(bundle.manifest.tier)
+            self.bundle, self.manifest = bundle, bundle.manifest
         self._messages: tuple[messages.Message, ...] = ()
         self._pending: int | None = None  # a sampled token that belongs to the dialogue but was not run yet
         self._shift = 0  # see `Positions.shift`
@@ -155,7 +174,7 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the caches at their capacity, which is what is allocated."""
+        """Bytes of the caches at their capacity, which is what is allocated; of several tiers the one in use."""
         return self.backend.cache_bytes
 
     @property

@@ -34,6 +34,10 @@ _GRIDS_HELP = (
 _ROUTING_HELP = (
     "dense, METHOD:avg=A, ACTION@LAYERS:keep=K,K,..., ACTION@LAYERS:avg=A, published:NAME, or a .toml file; see below"
 )
+_TIERS_HELP = (
+    "one more budget for the same weights, picked when the bundle runs; repeat it. --routing is then the default; tiers "
+    "differ in their budgets alone, and `dense` keeps everything"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,6 +102,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Hugging Face checkpoint directory")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="not needed with --dry-run")
     parser.add_argument("--routing", required=True, metavar="SPEC", help=_ROUTING_HELP)
+    parser.add_argument("--tier", dest="tiers", action="append", default=[], metavar="[NAME=]SPEC", help=_TIERS_HELP)
     parser.add_argument("--max-text", type=positive, default=512, help="text tokens of a whole dialogue (default 512)")
     parser.add_argument("--max-images", type=positive, default=2, help="images of a whole dialogue (default 2)")
     parser.add_argument("--grids", metavar="RxC,...", help=_GRIDS_HELP)
@@ -152,6 +157,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random draw (default 0)")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
     _provider(parser)
+    _tier(parser, "the default one")
     parser.add_argument("--picture", type=Path, metavar="FILE", help=_PICTURE_HELP)
     parser.add_argument("--interactive", action="store_true", help="read turns from the terminal")
     _json(parser)
@@ -164,6 +170,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="instead of the recorded input")
     parser.add_argument("--tokens", type=positive, default=64, help="tokens to compare (default 64)")
     _provider(parser)
+    _tier(parser, "all of them")
     _json(parser)
 
 
@@ -172,6 +179,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write eval.json and eval.md there")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
     _provider(parser)
+    _tier(parser, "all of them")
     parser.add_argument("--force", action="store_true", help="replace the output directory")
     _json(parser)
     add_question_set(parser)
@@ -253,6 +261,10 @@ def _provider(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="where ONNX Runtime runs: cpu (default), cuda, or tensorrt with CUDA behind it",
     )
+
+
+def _tier(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--tier", metavar="NAME", help=f"of a bundle with several budgets, which; default: {default}")
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
