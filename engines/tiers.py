@@ -5,7 +5,7 @@ one more input:
 
 | input | dtype | shape | meaning |
 |---|---|---|---|
-| budgets | int64 [decisions, 2] | for each decision `keep` and `whole`: `keep` rows, or the share keep / whole of a pool |
+| budgets | int64 [decisions, 2] | of each decision (keep, whole): `keep` rows, or a share keep / whole of a pool |
 
 Only the source of the numbers changes: each op of the domain `reroute` that has these attributes gets a twin whose body
 is its own, with the constants that read an attribute replaced by an element of the new input. So what is ranked, and
@@ -29,7 +29,7 @@ from reroute.schedule import Schedule
 BUDGETS = "budgets"
 _COLUMNS = ("keep", "whole")  # attributes of a decision, in the order of the input's columns
 _TWIN = "WithBudget"
-_ROW = "budget_row"  # an input of the twins; no body has a value of this name
+_ROW = "budget_row"  # input of the twins; no body has a value of this name
 
 
 def take_budgets(model: onnx.ModelProto, manifest: Manifest) -> tuple[onnx.ModelProto, Part]:

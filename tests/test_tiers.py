@@ -120,9 +120,7 @@ def test_the_graph_is_traced_with_the_ops_that_every_budget_needs():
 
     def tier(*stages: Stage) -> Tier:
         schedule = Schedule(action="reroute", stages=(Stage(start=0, stop=1, keep=None), *stages))
-        return Tier(
-            routing="", schedule=schedule, average_visual_tokens=0, cache_rows=(), estimates={}, reference=""
-        )
+        return Tier(routing="", schedule=schedule, average_visual_tokens=0, cache_rows=(), estimates={}, reference="")
 
     tokens, more = tier(Stage(start=1, stop=2, keep=3)), tier(Stage(start=1, stop=2, keep=8))
     share = tier(Stage(start=1, stop=2, keep=9, share=(1, 2)))
@@ -167,7 +165,7 @@ def test_an_unknown_tier_is_refused_with_the_nearest(tmp_path: Path):
     with pytest.raises(UserError, match="unknown tier 'bets'") as caught:
         tiered(tmp_path).at("bets")
     assert "did you mean 'best'? supported: 1/3, 1/9, best, dense" in caught.value.hint
-    with pytest.raises(UserError, match="there is no tier 'dense': reroute@.* is all that was exported") as caught:
+    with pytest.raises(UserError, match=r"there is no tier 'dense': reroute@.* is all that was exported") as caught:
         manifest_of(tmp_path).at("dense")
     assert "--tier SPEC" in caught.value.hint
 

@@ -35,8 +35,8 @@ _ROUTING_HELP = (
     "dense, METHOD:avg=A, ACTION@LAYERS:keep=K,K,..., ACTION@LAYERS:avg=A, published:NAME, or a .toml file; see below"
 )
 _TIERS_HELP = (
-    "one more budget for the same weights, picked when the bundle runs; repeat it. --routing is then the default; tiers "
-    "differ in their budgets alone, and `dense` keeps everything"
+    "one more budget for the same weights, to pick when the bundle runs; repeat it. --routing is then the default. "
+    "Tiers differ in their budgets alone, and `dense` keeps everything"
 )
 
 

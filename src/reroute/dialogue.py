@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from reroute.runtime import Answer, Sampling, Session
 
 _HELP = (
-    "/image PATH adds an image to the next question, /reset forgets the dialogue, /tier NAME begins one in another tier, "
-    "/quit leaves"
+    "/image PATH adds an image to the next question, /reset forgets the dialogue, /tier NAME begins one in another "
+    "tier, /quit leaves"
 )
 PICTURES = (".png", ".html")
 _PICTURE_HINT = "give a path that ends with .png (one picture) or .html (a page that steps through the stages)"

@@ -93,9 +93,7 @@ def print_plan(plan: Plan, routing: str, stream: TextIO) -> None:
     rows = [
         (
             f"{stage.start}-{stage.stop - 1}" if stage.stop > stage.start else "none",
-            (plan.schedule.nuwa or "all")
-            if stage.budget is None or stage.budget > plan.num_visual
-            else stage.budget,
+            (plan.schedule.nuwa or "all") if stage.budget is None or stage.budget > plan.num_visual else stage.budget,
             stage.candidates if stage.budget is not None else "-",
             stage.rows,
             format_flops(stage.linear_flops),

@@ -126,7 +126,7 @@ class Schedule:
 
     @property
     def portions(self) -> tuple[tuple[int, int], ...]:
-        """For each decision (keep, whole): `keep` rows, or, where `whole` is not 0, the share keep / whole of a pool."""
+        """For each decision (keep, whole): `keep` rows or, where `whole` is not 0, a share keep / whole of a pool."""
         return tuple(stage.share or (stage.keep, 0) for stage in self.stages[1:] if stage.keep is not None)
 
     @property

@@ -134,7 +134,8 @@ def _short(text: str) -> str:
     """A name for a spec: its budget."""
     if text.startswith("published:"):
         return text.split("/")[1]
-    options = dict(field.partition("=")[::2] for field in text.split(":")[1:])
+    parts = (field.partition("=") for field in text.split(":")[1:])
+    options = {key: value for key, _, value in parts}
     for key in ("avg", "keep", "flops", "kv"):
         if key in options:
             value = options[key].replace(",", "-").replace(" ", "")

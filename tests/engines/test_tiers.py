@@ -161,7 +161,9 @@ def test_a_wrong_tier_fails_the_build_and_is_named(tiered_export: Path, tmp_path
     reference = folder / manifest.tiers[tier].reference
     scenario.save(reference, {name: a + (name == "cache.3.key") for name, a in scenario.load(reference).items()})
     dataclasses.replace(manifest, files=file_table(folder)).save(folder)
-    with pytest.raises(GateError, match=f"reproduce the reference: tier {tier}, stage 1, caches of layers 2-3: ") as caught:
+    with pytest.raises(
+        GateError, match=f"reproduce the reference: tier {tier}, stage 1, caches of layers 2-3: "
+    ) as caught:
         build(folder, tmp_path / "bundle")
     assert ";" not in caught.value.message  # nothing else failed
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
@@ -229,7 +231,7 @@ def test_a_graph_of_other_budgets_than_the_manifests_is_refused(tiered_export: P
 
 def test_tensorrt_refuses_tiers_before_anything_is_written(tiered_export: Path, tmp_path: Path) -> None:
     options = TensorRTOptions(lowering=LoweringOptions(target="orin-jp6"), only_lower=True)
-    with pytest.raises(UserError, match="4 tiers .* budgets are fixed in a TensorRT engine") as caught:
+    with pytest.raises(UserError, match=r"4 tiers .* budgets are fixed in a TensorRT engine") as caught:
         build(tiered_export, tmp_path / "out", backend="tensorrt", tensorrt=options)
     assert "without --tier" in caught.value.hint
     assert not list(tmp_path.iterdir())

@@ -140,7 +140,9 @@ def test_tiers_share_the_memory_of_their_caches(tiered_bundle: Path) -> None:
         backend.use(tier)
         arrays = [array for layer in range(6) for array in backend.cache(layer)]
         bases = [array.base if array.base is not None else array for array in arrays]
-        places[tier] = [(array.__array_interface__["data"][0], base.nbytes) for array, base in zip(arrays, bases, strict=True)]
+        places[tier] = [
+            (array.__array_interface__["data"][0], base.nbytes) for array, base in zip(arrays, bases, strict=True)
+        ]
     assert all(found == places["dense"] for found in places.values())
     largest = sum(size for _, size in places["dense"])
     backend.use("dense")
