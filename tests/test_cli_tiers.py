@@ -60,9 +60,7 @@ def test_the_plan_has_a_line_for_each_tier(tiny_checkpoint: Path, capsys: pytest
     assert "all, all" in text
 
 
-def test_inspect_shows_the_tiers(
-    tiered_bundle: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_shows_the_tiers(tiered_bundle: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "inspect", tiered_bundle)
     for tier, average in AVERAGES.items():
         assert lines_of(text, tier)[0][1:3] == [ROUTINGS[tier], f"{average:.1f}"]

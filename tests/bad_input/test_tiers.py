@@ -25,9 +25,7 @@ CANNOT_SHARE = {
 @pytest.mark.parametrize(("tiers", "says"), [pytest.param(*case, id=name) for name, case in CANNOT_SHARE.items()])
 def test_export(tiers: list[str], says: list[str], tiny_checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
     options = [word for tier in tiers for word in ("--tier", tier)]
-    found = refused(
-        "export", tiny_checkpoint, "-o", tmp_path / "out", "--routing", TINY_ROUTING, *options, says=says
-    )
+    found = refused("export", tiny_checkpoint, "-o", tmp_path / "out", "--routing", TINY_ROUTING, *options, says=says)
     assert found.stdout == ""
 
 

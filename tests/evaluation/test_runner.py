@@ -82,9 +82,14 @@ def test_tiers_of_a_large_bundle_share_its_engine():
     tiers = {}
     for name, routing in names.items():
         one = bundle_of(routing).manifest
-        own = (one.routing, one.schedule, one.average_visual_tokens, one.cache_rows, one.estimates)
-        fields = ("routing", "schedule", "average_visual_tokens", "cache_rows", "estimates")
-        tiers[name] = Tier(**dict(zip(fields, own, strict=True)), reference=f"{name}.npz")
+        tiers[name] = Tier(
+            routing=routing,
+            schedule=one.schedule,
+            average_visual_tokens=one.average_visual_tokens,
+            cache_rows=one.cache_rows,
+            estimates=one.estimates,
+            reference=f"{name}.npz",
+        )
     tiered = replace(bundle_of(ROUTED, path="t", size=2 << 30), manifest=replace(manifest, tier="a", tiers=tiers))
     other = bundle_of(ROUTED, path="o")
     views = [tiered.at("a"), tiered.at("b"), other]
