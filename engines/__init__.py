@@ -30,6 +30,7 @@ from reroute.engines.targets import TARGETS, LoweringOptions
 from reroute.errors import GateError, RerouteError, UserError, nearest
 from reroute.folders import check_output, whole_folder
 from reroute.manifest import Manifest, Part, file_table
+from reroute.tiers import require_one_tier
 
 if TYPE_CHECKING:
     from reroute.check import CheckRow
@@ -110,6 +111,7 @@ def build(
     if backend == "tensorrt":
         from reroute.engines.lowered import require_fixed_shapes
 
+        require_one_tier(manifest, "a TensorRT engine")
         require_fixed_shapes(manifest)
     if backend == "tensorrt" and tensorrt is None:
         raise UserError("a TensorRT engine needs a target", hint=f"add --target T; supported: {', '.join(TARGETS)}")
@@ -172,7 +174,7 @@ def _checked(
         report = dataclasses.replace(report, rows=(*report.rows, *compared.rows()), fidelity=compared.to_dict())
     if not report.passed:
         failed = [row for row in report.rows if not row.passed]
-        listed = "; ".join(f"{row.part}, {row.quantity}: {row.measured} (gate: {row.gate})" for row in failed)
+        listed = "; ".join(f"{row.where}, {row.quantity}: {row.measured} (gate: {row.gate})" for row in failed)
         raise GateError(
             f"the engine does not reproduce the reference: {listed}",
             hint="nothing was written; --no-check keeps the bundle so that `reroute check` can show all rows",
@@ -190,6 +192,7 @@ def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, profile: Prof
     from reroute.engines.lower import lower
     from reroute.engines.quantize import quantize
     from reroute.engines.weights import DataFile, load_graph
+    from reroute.engines.tiers import take_budgets
 
     loaded = {name: load_graph(export_dir / part.file) for name, part in manifest.parts.items()}
     graphs = {part.file for part in manifest.parts.values()}
@@ -197,18 +200,21 @@ def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, profile: Prof
     for name in manifest.files:
         if name not in graphs | set(data.values()):
             shutil.copyfile(export_dir / name, folder / name)
+    parts = dict(manifest.parts)
     with contextlib.ExitStack() as stack:
         # The graphs of several grids share their file.
         files = {file: stack.enter_context(DataFile(folder / file)) for file in sorted(set(data.values()))}
         for name, (neutral, weights) in loaded.items():
             tell(f"lowering the {name}")
+            if name == "decoder" and manifest.tiers:
+                neutral, parts[name] = take_budgets(neutral, manifest)
             graph, made = lower(neutral, "ort"), None
             if name == "decoder" and profile.quantized:
                 tell(f"quantising the decoder to {profile.label}")
                 made = quantize(graph, weights, profile, manifest.schedule)
             files[data[name]].take(graph, weights, made)
-            onnx.save(graph, folder / manifest.parts[name].file)
-    for part in manifest.parts.values():
+            onnx.save(graph, folder / parts[name].file)
+    for part in parts.values():
         validate(folder / part.file, part)
     versions = {**_versions(manifest), "build.onnxruntime": _onnxruntime_version()}
     stored = sum((folder / file).stat().st_size for file in data.values())
@@ -217,17 +223,25 @@ def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, profile: Prof
         kind="bundle",
         backend="ort",
         profile=profile.label,
+        parts=parts,
         files=file_table(folder),
-        estimates=_with_weights(manifest.estimates, stored) if profile.quantized else manifest.estimates,
         versions=versions,
         check=None,
+        **(_with_weights(manifest, stored) if profile.quantized else {}),
     )
 
 
-def _with_weights(estimates: dict[str, float], stored: int) -> dict[str, float]:
-    """The plan's estimates with the weights as they are stored."""
-    peak = estimates["peak_bytes"] - estimates["weight_bytes"] + stored
-    return {**estimates, "weight_bytes": float(stored), "peak_bytes": peak}
+def _with_weights(manifest: Manifest, stored: int) -> dict[str, Any]:
+    """The manifest's estimates, and those of its tiers, with the weights as they are stored."""
+
+    def updated(estimates: dict[str, float]) -> dict[str, float]:
+        peak = estimates["peak_bytes"] - estimates["weight_bytes"] + stored
+        return {**estimates, "weight_bytes": float(stored), "peak_bytes": peak}
+
+    tiers = {
+        name: dataclasses.replace(tier, estimates=updated(tier.estimates)) for name, tier in manifest.tiers.items()
+    }
+    return {"estimates": updated(manifest.estimates), "tiers": tiers}
 
 
 def _build_tensorrt(

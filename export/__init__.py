@@ -26,6 +26,7 @@ from reroute.folders import check_output, whole_folder
 from reroute.manifest import Capacity, Grid, Manifest, Model, file_table
 from reroute.routing import RoutingSpec
 from reroute.schedule import Schedule
+from reroute.tiers import parse_tiers, resolve_tiers, tier_of, traced_schedule
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "numpy")
@@ -64,6 +65,7 @@ def export_checkpoint(
     output: Path,
     *,
     routing: str,
+    tiers: Sequence[str] = (),
     capacity: Capacity | None = None,
     grids: Sequence[Grid] = (),
     force: bool = False,
@@ -75,6 +77,7 @@ def export_checkpoint(
         checkpoint: Hugging Face directory with config.json, *.safetensors, tokenizer.json and processor files.
         output: folder to write; appears whole.
         routing: a routing spec, see `reroute.routing`.
+        tiers: further budgets that the bundle shall have, see `reroute.tiers`; `routing` is then the default one.
         capacity: sizes of a session.
         grids: see `read_model`.
         force: replace an earlier export.
@@ -92,13 +95,14 @@ def export_checkpoint(
     opened = Checkpoint.open(checkpoint)
     family = family_of(opened)
     model = _choose(family.read(opened), grids)
-    spec = RoutingSpec.parse(routing)
-    schedule = cost.resolve(spec, model)
+    table = resolve_tiers(parse_tiers(routing, tiers), model, capacity)
+    own = next(iter(table.values()), None) or tier_of(RoutingSpec.parse(routing), model, capacity)
+    schedule = own.schedule
     check_capacity(capacity, model)
     template = chat_template(opened)
     with whole_folder(output, force=force) as folder:
         tell("reading the weights")
-        decoder = family.build_decoder(opened, model, schedule)
+        decoder = family.build_decoder(opened, model, traced_schedule(table) if table else schedule)
         tower = family.build_vision(opened, model, schedule)
         tell("tracing the decoder")
         graph = trace.trace_decoder(decoder)
@@ -106,10 +110,12 @@ def export_checkpoint(
         parts = {"decoder": trace.save(graph, folder, "decoder", inputs, outputs)}
         tell("tracing the vision tower")
         parts |= trace.save_vision(tower, model, schedule, folder)
-        tell("recording the torch reference")
         room = capacity.max_text - scenario.text_tokens(0)
-        arrays = reference.record(decoder, tower, model, scenario.probe(model, num_tokens=min(64, room)))
-        scenario.save(folder / scenario.FILE_NAME, arrays)
+        probe = scenario.probe(model, num_tokens=min(64, room))
+        for name, tier in (table or {"": own}).items():
+            tell("recording the torch reference" + (f" of the tier {name}" if name else ""))
+            decoder.schedule = tier.schedule
+            scenario.save(folder / tier.reference, reference.record(decoder, tower, model, probe))
         shutil.copyfile(opened.folder / "tokenizer.json", folder / "tokenizer.json")
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         manifest = Manifest(
@@ -117,15 +123,17 @@ def export_checkpoint(
             backend="neutral",
             dtype="float32",
             model=model,
-            routing=spec.text,
+            routing=own.routing,
             schedule=schedule,
-            average_visual_tokens=schedule.average_visual_tokens(model.vision.tokens_per_image),
+            average_visual_tokens=own.average_visual_tokens,
             capacity=capacity,
-            cache_rows=capacity.cache_rows(schedule, model.vision.tokens_per_image),
+            cache_rows=own.cache_rows,
             parts=parts,
             files=file_table(folder),
-            estimates=cost.plan_for(model, schedule, capacity).estimates(),
+            estimates=own.estimates,
             versions=versions(),
+            tier=next(iter(table), ""),
+            tiers=table,
         )
         manifest.save(folder)
     return manifest

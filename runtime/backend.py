@@ -77,7 +77,7 @@ class Backend(Protocol):
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all caches at their capacity."""
+        """Bytes of all caches at their capacity, of the tier in use."""
         ...
 
     def encode(self, pixel_values: np.ndarray) -> VisualTokens:
@@ -112,13 +112,21 @@ class Backend(Protocol):
         """Forget all rows."""
         ...
 
+    def use(self, tier: str) -> None:
+        """Forget all rows, and run another tier of the bundle from now on. Raises UserError for a name that is none."""
+        ...
+
     def describe(self) -> dict[str, str]:
         """Engine, version, device and threads, for reports."""
         ...
 
 
 def open_backend(bundle: Bundle, options: BackendOptions | None = None) -> Backend:
-    """Load the engine that `bundle` was built for. Raises UserError for one this Reroute does not have."""
+    """Load the engine that `bundle` was built for, in the tier that its manifest is of.
+
+    Raises:
+        UserError: a backend that this Reroute does not have.
+    """
     name = bundle.manifest.backend
     if name not in BACKENDS:
         raise UserError(

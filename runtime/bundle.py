@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ class Bundle:
 
     Attributes:
         path: the folder.
-        manifest: what `reroute.json` says.
+        manifest: what `reroute.json` says; of a bundle with tiers in one of them.
     """
 
     path: Path
@@ -67,6 +67,10 @@ class Bundle:
         if verify:
             manifest.verify_files(folder)
         return bundle
+
+    def at(self, tier: str | None) -> Bundle:
+        """The bundle in another of its tiers; None for the one that it is in. Raises UserError for an unknown one."""
+        return replace(self, manifest=self.manifest.at(tier))
 
     def part(self, name: str) -> Path:
         """Path of the graph or engine called `name` ("decoder", or see `Model.vision_part`). Raises UserError."""

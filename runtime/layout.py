@@ -13,8 +13,8 @@ from reroute.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """One step of the decoder: a graph input per field, except the caches and `kv_len`, which a backend
-    keeps.
+    """One step of the decoder: a graph input per field, except the caches, `kv_len` and a tier's `budgets`, which a
+    backend keeps.
 
     T text tokens and N visual tokens give a sequence of S = T + N slots; its last slot is text.
 

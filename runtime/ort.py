@@ -3,10 +3,14 @@
 Every cache is allocated once at its capacity and bound as past and as present of its layer, so that a step
 appends rows in place. Decode steps have fixed shapes: their inputs are bound once as well, and a step only
 writes a few numbers into them. Prompt steps bind their inputs anew and also return the routes.
+
+Tiers of a bundle share this memory. A cache has room for the largest tier; that of a smaller one is its beginning, as
+a tensor of its own capacity. To change the tier is to bind those tensors and to write other budgets.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from reroute.errors import UserError
-from reroute.manifest import Grid
+from reroute.manifest import Grid, Manifest
 from reroute.runtime.backend import BackendOptions, StepOutputs, require_rows
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import StepInputs, rows_added
@@ -43,7 +47,7 @@ class OrtBackend:
         """
         self._ort = _import_onnxruntime()
         self._options = options
-        self._manifest = bundle.manifest
+        self._manifest = bundle.manifest  # in the tier in use
         self._providers = self._pick_providers(options.provider)
         # The other grids' graphs are loaded when an image needs them.
         self._bundle = bundle
@@ -55,19 +59,20 @@ class OrtBackend:
         text, batch, stages = self._manifest.model.text, options.batch, self._manifest.schedule.stages
 
         self._lengths = np.zeros(len(stages), dtype=np.int32)
-        self._capacity = np.asarray(self._manifest.cache_rows, dtype=np.int64)
         self._kv_len = np.zeros(len(stages), dtype=np.int32)
+        # What a bundle with tiers has as one more input: (keep, whole) of each decision.
+        self._budgets = np.zeros((len(stages) - 1, 2), dtype=np.int64) if self._manifest.tiers else None
         self._logits = np.zeros((batch, text.vocab_size), dtype=np.float32)
-        self._caches: dict[str, np.ndarray] = {}  # by cache name, "{layer}.key"; on the host for provider "cpu"
-        self._values: dict[str, Any] = {}  # the OrtValue of each cache; on the CPU it shares the array's memory
+        self._logits_value = self._ort.OrtValue.ortvalue_from_numpy(self._logits)
+        # By cache name, "{layer}.key", flat and for the largest tier. On the CPU a value shares its array's memory.
+        self._rooms: dict[str, tuple[np.ndarray, Any]] = {}
+        most = [max(rows) for rows in zip(*(tier.cache_rows for tier in self._manifest.all_tiers), strict=True)]
         for layer in range(text.num_layers):
-            rows = self._manifest.cache_rows[self._manifest.schedule.stage_of_layer(layer)]
+            rows = most[self._manifest.schedule.stage_of_layer(layer)]
             for kind in ("key", "value"):
-                array = np.zeros((batch, text.num_kv_heads, rows, text.head_dim), dtype=self._dtype)
-                self._caches[f"{layer}.{kind}"] = array
-                self._values[f"{layer}.{kind}"] = self._ort.OrtValue.ortvalue_from_numpy(
-                    array, _DEVICES[options.provider], 0
-                )
+                room = np.zeros(batch * text.num_kv_heads * rows * text.head_dim, dtype=self._dtype)
+                value = self._ort.OrtValue.ortvalue_from_numpy(room, _DEVICES[options.provider], 0)
+                self._rooms[f"{layer}.{kind}"] = (room, value)
 
         renumbered = self._manifest.schedule.positions == "renumbered"
         table = (len(stages), 1, text.head_dim // 2) if renumbered else (1, text.head_dim // 2)
@@ -82,9 +87,10 @@ class OrtBackend:
             deepstack=np.zeros((text.deepstack, batch, 0, text.hidden_size), self._dtype) if text.deepstack else None,
         )
         self._bound: dict[Any, dict[str, np.ndarray]] = {}
-        self._prompt_binding = self._bind_caches()
-        self._token_binding = self._bind_caches()
-        self._bind_step(self._token_binding, self._token)
+        self._prompt_binding, self._token_binding = self._decoder.io_binding(), self._decoder.io_binding()
+        for binding in (self._prompt_binding, self._token_binding):
+            binding.bind_ortvalue_output("logits", self._logits_value)
+        self._enter(self._manifest)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -93,8 +99,9 @@ class OrtBackend:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all caches at their capacity."""
-        return sum(array.nbytes for array in self._caches.values())
+        """Bytes of all caches at their capacity, of the tier in use."""
+        itemsize = np.dtype(self._dtype).itemsize
+        return sum(itemsize * math.prod(self._cache_shape(name)) for name in self._rooms)
 
     def encode(self, pixel_values: np.ndarray) -> VisualTokens:
         """Visual tokens of images float32 [M, 3, H, W] of one grid."""
@@ -154,11 +161,8 @@ class OrtBackend:
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a layer's valid rows, [B, H_kv, rows, head_dim]: views (copies with cuda)."""
         rows = self._lengths[self._manifest.schedule.stage_of_layer(layer)]
-        key, value = (
-            self._caches[name] if self._options.provider == "cpu" else self._values[name].numpy()
-            for name in (f"{layer}.key", f"{layer}.value")
-        )
-        return key[:, :, :rows], value[:, :, :rows]
+        key, value = (self._cache(f"{layer}.{kind}")[:, :, :rows] for kind in ("key", "value"))
+        return key, value
 
     def load(self, caches: Sequence[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray) -> None:
         """Write earlier rows into the caches, in place.
@@ -176,14 +180,48 @@ class OrtBackend:
 
     def _write(self, name: str, rows: np.ndarray) -> None:
         """Put [1, H_kv, rows, head_dim] at the start of a cache, for every row of a batch."""
-        array = self._caches[name]
-        array[:, :, : rows.shape[2]] = rows
+        room, value = self._rooms[name]
+        shape = self._cache_shape(name)
+        room[: math.prod(shape)].reshape(shape)[:, :, : rows.shape[2]] = rows
         if self._options.provider != "cpu":  # there the array is only the place to gather rows for the copy
-            self._values[name].update_inplace(array)
+            value.update_inplace(room)
 
     def reset(self) -> None:
         """Forget all rows: what lies behind `lengths` is never read."""
         self._lengths[:] = 0
+
+    def use(self, tier: str) -> None:
+        """Forget all rows, and run another tier of the bundle; nothing is loaded or allocated. Raises UserError."""
+        manifest = self._manifest.at(tier)
+        self.reset()
+        if manifest is not self._manifest:
+            self._enter(manifest)
+
+    def _enter(self, manifest: Manifest) -> None:
+        """Bind the caches and budgets of a manifest's tier."""
+        self._manifest = manifest
+        self._capacity = np.asarray(manifest.cache_rows, dtype=np.int64)
+        if self._budgets is not None:
+            self._budgets[:] = manifest.schedule.portions
+        for binding in (self._prompt_binding, self._token_binding):
+            for name, (_, value) in self._rooms.items():
+                place = (_DEVICES[self._options.provider], 0, self._dtype, self._cache_shape(name), value.data_ptr())
+                binding.bind_input(f"past_key_values.{name}", *place)
+                binding.bind_output(f"present.{name}", *place)
+        self._bind_step(self._token_binding, self._token)
+
+    def _cache_shape(self, name: str) -> tuple[int, int, int, int]:
+        """[B, H_kv, C, head_dim] of a cache in the tier in use."""
+        text, schedule = self._manifest.model.text, self._manifest.schedule
+        rows = self._manifest.cache_rows[schedule.stage_of_layer(int(name.partition(".")[0]))]
+        return self._options.batch, text.num_kv_heads, rows, text.head_dim
+
+    def _cache(self, name: str) -> np.ndarray:
+        """A cache of the tier in use: a view (a copy with cuda)."""
+        room, value = self._rooms[name]
+        shape = self._cache_shape(name)
+        flat = room if self._options.provider == "cpu" else value.numpy()
+        return flat[: math.prod(shape)].reshape(shape)
 
     def describe(self) -> dict[str, str]:
         """Engine, version, provider and threads."""
@@ -237,19 +275,13 @@ class OrtBackend:
             )
         return session
 
-    def _bind_caches(self) -> Any:
-        binding = self._decoder.io_binding()
-        for name, value in self._values.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
-        binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(self._logits))
-        return binding
-
     def _bind_step(self, binding: Any, inputs: StepInputs) -> None:
         arrays = {name: np.ascontiguousarray(array) for name, array in inputs.arrays().items()}
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
         binding.bind_cpu_input("kv_len", self._kv_len)
+        if self._budgets is not None:
+            binding.bind_cpu_input("budgets", self._budgets)
         self._bound[binding] = arrays  # a bound input is the array's own memory
 
 

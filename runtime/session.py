@@ -54,7 +54,7 @@ class Session:
         """Use `Session.open`; this constructor takes a backend that is already there."""
         self._features = FeatureCache(image_cache_mib)
         self.bundle = bundle
-        self.manifest = bundle.manifest
+        self.manifest = bundle.manifest  # both in the tier in use
         self._backend: Backend | None = backend
         self._chat = bundle.chat()
         self._positions = Positions(self.manifest)
@@ -66,6 +66,7 @@ class Session:
         cls,
         path: str | Path,
         *,
+        tier: str | None = None,
         threads: int | None = None,
         provider: str = "cpu",
         spinning: bool = False,
@@ -76,6 +77,7 @@ class Session:
 
         Args:
             path: the bundle's folder.
+            tier: of a bundle with several, the one to begin in; None for its default.
             threads: CPU threads, None for the engine's choice.
             provider: of ONNX Runtime, see `BackendOptions`.
             spinning: let idle threads spin (see `BackendOptions`).
@@ -87,7 +89,7 @@ class Session:
             UserError: whatever is wrong with the bundle or the engine library.
         """
         options = BackendOptions(threads=threads, provider=provider, spinning=spinning)
-        bundle = Bundle.open(path, verify=verify)
+        bundle = Bundle.open(path, verify=verify).at(tier)
         return cls(bundle, open_backend(bundle, options), image_cache_mib=image_cache_mib)
 
     def __enter__(self) -> Session:
@@ -103,29 +105,41 @@ class Session:
         self._backend = None
         self._features.clear()
 
-    def reset(self, *, prefix: Prefix | None = None, system: str | None = None) -> None:
+    @property
+    def tier(self) -> str:
+        """The tier in use; empty for a bundle without tiers."""
+        return self.manifest.tier
+
+    def reset(self, tier: str | None = None, *, prefix: Prefix | None = None, system: str | None = None) -> None:
         """Forget the dialogue: the next question is the first one. Features of images are kept.
 
         Args:
+            tier: the tier of the next dialogue, without loading anything; None for the same as before.
             prefix: start behind these rows, which are copied into the caches: nothing is run.
             system: start with this system text, which is run with the first question as one prompt. A prefix has its
                 own.
 
         Raises:
-            UserError: the prefix is of another engine, or the chat template has no place for the system text. The
-                dialogue is then as it was, unless the prefix is damaged.
+            UserError: an unknown tier, a prefix of another engine or tier, or the chat template has no place for the
+                system text. The dialogue is then as it was, unless the prefix is damaged.
         """
         if prefix is not None and system is not None:
             raise UserError("a prefix has its own system text", hint="give one of the two")
-        if prefix is not None and prefix.decoder_sha256 != self.bundle.decoder_sha256:
+        bundle = self.bundle.at(tier)
+        if prefix is not None and prefix.decoder_sha256 != bundle.decoder_sha256:
+            what = f" in its tier {bundle.manifest.tier}" if bundle.manifest.tiers else ""
             raise UserError(
-                f"the prefix was made by another engine ({prefix.decoder_sha256[:12]}...) than this bundle's "
-                f"({self.bundle.decoder_sha256[:12]}...)",
+                f"the prefix was made by another engine ({prefix.decoder_sha256[:12]}...) than this bundle's{what} "
+                f"({bundle.decoder_sha256[:12]}...)",
                 hint=AGAIN,
             )
         if system is not None:
             self._chat.require_system(system)
-        self.backend.reset()
+        if bundle.manifest is self.manifest:
+            self.backend.reset()
+        else:
+            self.backend.use(bundle.manifest.tier)
+            self.bundle, self.manifest = bundle, bundle.manifest
         self._prefix = prefix
         text = system if prefix is None else prefix.system
         self._messages: tuple[messages.Message, ...] = () if text is None else (messages.system_message(text),)
@@ -201,7 +215,7 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the caches at their capacity, which is what is allocated."""
+        """Bytes of the caches at their capacity, which is what is allocated; of several tiers the one in use."""
         return self.backend.cache_bytes
 
     @property

@@ -212,6 +212,10 @@ class TensorRTBackend:
         """Forget all rows: what lies behind `lengths` is never read."""
         self._lengths[:] = 0
 
+    def use(self, tier: str) -> None:
+        """Budgets are part of a TensorRT engine: it has no tiers, and every name is refused with UserError."""
+        self._manifest.at(tier)
+
     def describe(self) -> dict[str, str]:
         """Engine, version, device, and whether decode runs as a CUDA graph."""
         decode = self._decode.state + (f" ({self._decode.reason})" if self._decode.reason else "")

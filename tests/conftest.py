@@ -13,6 +13,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO_MODEL = REPOSITORY / "demo" / "model"
 DEMO_ROUTING = "reroute-pdrop:avg=1/9"
 TINY_ROUTING = "reroute@2,4:keep=7,4"
+# Beside TINY_ROUTING, the default tier `7-4`: everything, more, and budgets that grow.
+TINY_TIERS = ("dense", "wide=reroute@2,4:keep=20,9", "2/9=reroute@2,4:keep=3,12")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,38 @@ def tiny_bundle(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     output = tmp_path_factory.mktemp("tiny-bundle") / "bundle"
     build(tiny_export, output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_dense_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense engine of `tiny_checkpoint`, unchecked. Do not change it."""
+    from reroute.engines import build
+    from reroute.export import export_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny-dense")
+    export_checkpoint(tiny_checkpoint, folder / "export", routing="dense")
+    build(folder / "export", folder / "bundle", check=False)
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def tiered_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of `tiny_checkpoint` with `TINY_ROUTING` and `TINY_TIERS`. Do not change it."""
+    from reroute.export import export_checkpoint
+
+    output = tmp_path_factory.mktemp("tiered-export") / "export"
+    export_checkpoint(tiny_checkpoint, output, routing=TINY_ROUTING, tiers=TINY_TIERS)
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiered_bundle(tiered_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine bundle of `tiered_export`. Do not change it."""
+    from reroute.engines import build
+
+    output = tmp_path_factory.mktemp("tiered-bundle") / "bundle"
+    build(tiered_export, output)
     return output
 
 

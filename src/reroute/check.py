@@ -14,8 +14,8 @@ caches are compared in the rows of slots that both ran. See `reroute.gates`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,31 @@ from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import Layout, StepInputs, lay_out
 from reroute.runtime.positions import Positions, VisualTokens
 from reroute.scenario import Arrays, Scenario
+from reroute.tiers import reference_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRow:
-    """One gate: what was compared, what was measured, what it may be at most (or at least)."""
+    """One gate: what was compared, what was measured, what it may be at most (or at least).
+
+    `tier` is empty for a bundle without tiers.
+    """
 
     part: str
     quantity: str
     measured: str
     gate: str
     passed: bool
+    tier: str = ""
+
+    @property
+    def where(self) -> str:
+        """The part, with its tier."""
+        return f"tier {self.tier}, {self.part}" if self.tier else self.part
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: without a tier where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "tier" or value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +81,7 @@ class CheckReport:
         return {
             "passed": self.passed,
             "reference": self.reference,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [row.to_dict() for row in self.rows],
             **({"fidelity": self.fidelity} if self.fidelity else {}),
         }
 
@@ -79,9 +93,10 @@ def check_bundle(
     image: Path | None = None,
     prompt: str | None = None,
     tokens: int = 64,
+    tier: str | None = None,
     options: BackendOptions | None = None,
 ) -> CheckReport:
-    """Compare a bundle with its torch reference.
+    """Compare a bundle with its torch reference, in every tier that it has.
 
     Args:
         bundle: the engine bundle.
@@ -89,12 +104,14 @@ def check_bundle(
         image: with `checkpoint`, the image to use instead of the probe's.
         prompt: with `checkpoint`, the question to use instead of the probe's words.
         tokens: with `checkpoint`, greedy tokens to compare.
+        tier: compare this tier alone.
         options: how to run the bundle.
 
     Raises:
         UserError: not a bundle, or a checkpoint that is not the bundle's.
     """
     opened = Bundle.open(bundle)
+    manifests = (opened.manifest.at(tier),) if tier is not None else opened.manifest.all_tiers
     if checkpoint is None:
         if image is not None or prompt is not None:
             raise UserError(
@@ -102,18 +119,36 @@ def check_bundle(
                 hint="add --checkpoint DIR with the checkpoint that the bundle was exported from",
             )
         opened.chat()  # a bundle whose tokenizer or template cannot be read would answer nothing
-        expected = scenarios.load(opened.path / scenarios.FILE_NAME)
+        references: Iterable[Arrays] = (scenarios.load(opened.path / reference_of(manifest)) for manifest in manifests)
         kind = "recorded at export"
     else:
-        expected = live_reference(opened, checkpoint, image=image, prompt=prompt, tokens=tokens)
+        references = live_references(opened, manifests, checkpoint, image=image, prompt=prompt, tokens=tokens)
         kind = "torch, live"
-    backend = open_backend(opened, options)
-    measured = replay(backend, opened.manifest, expected)
-    return CheckReport(reference=kind, rows=tuple(compare(opened.manifest, expected, measured)))
+    backend: Backend | None = None  # opened when the first reference is there
+    rows: list[CheckRow] = []
+    for manifest, expected in zip(manifests, references, strict=True):
+        backend = backend or open_backend(opened, options)
+        if manifest.tiers:
+            backend.use(manifest.tier)
+        found = compare(manifest, expected, replay(backend, manifest, expected))
+        rows += [replace(row, tier=manifest.tier) for row in found]
+    return CheckReport(reference=kind, rows=tuple(rows))
 
 
-def live_reference(bundle: Bundle, checkpoint: Path, *, image: Path | None, prompt: str | None, tokens: int) -> Arrays:
-    """Run the torch reference on the checkpoint that the bundle came from. Raises UserError if it is another one."""
+def live_references(
+    bundle: Bundle,
+    manifests: Sequence[Manifest],
+    checkpoint: Path,
+    *,
+    image: Path | None,
+    prompt: str | None,
+    tokens: int,
+) -> list[Arrays]:
+    """Run the torch reference of each tier on the checkpoint that the bundle came from; its weights are read once.
+
+    Raises:
+        UserError: another checkpoint, or a scenario that does not fit.
+    """
     from reroute.export.checkpoint import Checkpoint
     from reroute.export.models import family_of
     from reroute.export.reference import record
@@ -129,7 +164,12 @@ def live_reference(bundle: Bundle, checkpoint: Path, *, image: Path | None, prom
     inputs = scenario_of(bundle, image=image, prompt=prompt, tokens=tokens)
     family = family_of(opened)
     decoder = family.build_decoder(opened, model, bundle.manifest.schedule)
-    return record(decoder, family.build_vision(opened, model, bundle.manifest.schedule), model, inputs)
+    tower = family.build_vision(opened, model, bundle.manifest.schedule)
+    references: list[Arrays] = []
+    for manifest in manifests:
+        decoder.schedule = manifest.schedule
+        references.append(record(decoder, tower, model, inputs))
+    return references
 
 
 def scenario_of(bundle: Bundle, *, image: Path | None, prompt: str | None, tokens: int) -> Scenario:

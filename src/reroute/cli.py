@@ -34,6 +34,10 @@ _GRIDS_HELP = (
 _ROUTING_HELP = (
     "dense, METHOD:avg=A, ACTION@LAYERS:keep=K,K,..., ACTION@LAYERS:avg=A, published:NAME, or a .toml file; see below"
 )
+_TIERS_HELP = (
+    "one more budget for the same weights, to pick when the bundle runs; repeat it. --routing is then the default. "
+    "Tiers differ in their budgets alone, and `dense` keeps everything"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,6 +105,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Hugging Face checkpoint directory")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="not needed with --dry-run")
     parser.add_argument("--routing", required=True, metavar="SPEC", help=_ROUTING_HELP)
+    parser.add_argument("--tier", dest="tiers", action="append", default=[], metavar="[NAME=]SPEC", help=_TIERS_HELP)
     parser.add_argument("--max-text", type=positive, default=512, help="text tokens of a whole dialogue (default 512)")
     parser.add_argument("--max-images", type=positive, default=2, help="images of a whole dialogue (default 2)")
     parser.add_argument("--grids", metavar="RxC,...", help=_GRIDS_HELP)
@@ -175,6 +180,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--save-prefix", type=Path, metavar="FILE", help="keep the cache rows of --system in an .npz file"
     )
     parser.add_argument("--prefix", type=Path, metavar="FILE", help="start from a saved prefix; nothing of it is run")
+    _tier(parser, "the default one")
     parser.add_argument("--picture", type=Path, metavar="FILE", help=_PICTURE_HELP)
     parser.add_argument("--interactive", action="store_true", help="read turns from the terminal")
     _json(parser)
@@ -187,6 +193,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="instead of the recorded input")
     parser.add_argument("--tokens", type=positive, default=64, help="tokens to compare (default 64)")
     _provider(parser)
+    _tier(parser, "all of them")
     _json(parser)
 
 
@@ -195,6 +202,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="write eval.json and eval.md there")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads; default: the engine decides")
     _provider(parser)
+    _tier(parser, "all of them")
     parser.add_argument("--force", action="store_true", help="replace the output directory")
     _json(parser)
     add_question_set(parser)
@@ -327,6 +335,10 @@ def _provider(parser: Any) -> None:
         metavar="P",
         help="where ONNX Runtime runs: cpu (default), cuda, or tensorrt with CUDA behind it",
     )
+
+
+def _tier(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--tier", metavar="NAME", help=f"of a bundle with several budgets, which; default: {default}")
 
 
 def _json(parser: argparse.ArgumentParser) -> None:

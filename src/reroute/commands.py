@@ -30,7 +30,10 @@ def export(args: argparse.Namespace) -> int:
     output: Path | None = None if args.dry_run else args.output
     if output is None and not args.dry_run:
         raise UserError("export needs -o DIR", hint="or --dry-run, which writes nothing")
-    spec = RoutingSpec.parse(args.routing)
+    from reroute.tiers import parse_tiers, plans_of, resolve_tiers
+
+    specs = parse_tiers(args.routing, args.tiers)
+    spec = next(iter(specs.values()), None) or RoutingSpec.parse(args.routing)
     from reroute.export import check_capacity, export_checkpoint, read_model
     from reroute.export.grids import parse_grids
 
@@ -40,16 +43,22 @@ def export(args: argparse.Namespace) -> int:
     capacity = Capacity(max_text=args.max_text, max_images=args.max_images)
     model = read_model(args.checkpoint, grids)
     check_capacity(capacity, model)
-    plan = make_plan(model, spec, capacity)
+    tiers = plans_of(resolve_tiers(specs, model, capacity), model, capacity, min(64, capacity.max_text))
+    plan = next(iter(tiers.values()), None) or make_plan(model, spec, capacity)
     result: dict[str, Any] = {"routing": spec.text, "plan": plan.to_dict()}
+    if tiers:
+        result["tiers"] = {name: {"routing": specs[name].text, "plan": one.to_dict()} for name, one in tiers.items()}
     if not args.json:
         report.print_plan(plan, spec.text, sys.stdout)
+        if tiers:
+            report.print_tiers({name: (specs[name].text, one) for name, one in tiers.items()}, sys.stdout)
         sys.stdout.flush()
     if output is not None:
         manifest = export_checkpoint(
             args.checkpoint,
             output,
             routing=args.routing,
+            tiers=args.tiers,
             capacity=capacity,
             grids=grids,
             force=args.force,
@@ -158,6 +167,7 @@ def check(args: argparse.Namespace) -> int:
         image=args.image,
         prompt=args.prompt,
         tokens=args.tokens,
+        tier=args.tier,
         options=BackendOptions(provider=args.provider),
     )
     if args.json:
@@ -248,10 +258,14 @@ def _print_manifest(manifest: Manifest, path: Path) -> None:
         *_engine_facts(manifest),
     ]
     report.print_pairs(facts, out, title=f"{path}: {manifest.kind}")
+    most = manifest.model.vision.tokens_per_image
     stages = [
-        (_layers(stage.start, stage.stop), "all" if stage.keep is None else stage.keep, rows) for stage, rows in sizes
+        (_layers(stage.start, stage.stop), "all" if stage.keep is None or stage.keep > most else stage.keep, rows)
+        for stage, rows in sizes
     ]
     report.print_table(("layers", "visual kept", "cache rows"), stages, out, title="stages")
+    if manifest.tiers:
+        report.print_table(report.TIER_COLUMNS, _tier_rows(manifest), out, title="tiers, the first by default", text=2)
     files = [(name, report.format_bytes(file.bytes), file.sha256[:12]) for name, file in manifest.files.items()]
     report.print_table(("file", "size", "sha256"), files, out, title="files")
     tensors = [
@@ -262,6 +276,15 @@ def _print_manifest(manifest: Manifest, path: Path) -> None:
     ]
     report.print_table(("part", "", "tensor", "dtype", "shape"), tensors, out, title="inputs and outputs", text=5)
     report.print_pairs(manifest.versions.items(), out, title="made with")
+
+
+def _tier_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    """What the manifest records of each tier's plan."""
+    rows = []
+    for name, tier in manifest.tiers.items():
+        plan = plan_for(manifest.model, tier.schedule, manifest.capacity, dtype=manifest.dtype)
+        rows.append(report.tier_row(name, tier.routing, plan))
+    return rows
 
 
 def _verdict(manifest: Manifest) -> str:

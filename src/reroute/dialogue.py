@@ -23,7 +23,10 @@ from reroute.folders import write_whole
 if TYPE_CHECKING:
     from reroute.runtime import Answer, Prefix, Sampling, Session
 
-_HELP = "/image PATH adds an image to the next question, /reset forgets the dialogue, /quit leaves"
+_HELP = (
+    "/image PATH adds an image to the next question, /reset forgets the dialogue, /tier NAME begins one in another "
+    "tier, /quit leaves"
+)
 PICTURES = (".png", ".html")
 _PICTURE_HINT = "give a path that ends with .png (one picture) or .html (a page that steps through the stages)"
 
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     prefix = Prefix.load(args.prefix) if args.prefix is not None else None
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     start = time.perf_counter()
-    with Session.open(args.bundle, threads=args.threads, provider=args.provider) as session:
+    with Session.open(args.bundle, tier=args.tier, threads=args.threads, provider=args.provider) as session:
         load_ms = (time.perf_counter() - start) * 1000
         if system is not None:
             prefix = session.prefix(system)
@@ -82,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         if args.picture is not None:
             save_picture(session, replies, args.picture)
         if args.json:
-            print_json({"turns": [to_dict(reply) for reply in replies], "load_ms": load_ms, **figures})
+            tier = {"tier": session.tier} if session.tier else {}
+            print_json({"turns": [to_dict(reply) for reply in replies], "load_ms": load_ms, **tier, **figures})
         elif replies:
             print_times(replies, load_ms, figures)
     return EXIT_OK
@@ -169,13 +173,16 @@ def interactive(
             if line == "/reset":
                 session.reset(prefix=prefix)
                 images = ()
+            elif line.startswith("/tier "):
+                session.reset(tier=line.removeprefix("/tier ").strip())
+                images = ()
             elif line.startswith("/image "):
                 path = Path(line.removeprefix("/image ").strip()).expanduser()
                 if not path.is_file():
                     raise UserError(f"there is no image {path}", hint="check the path")
                 images = (*images, path)
             elif line.startswith("/"):
-                raise UserError(f"unknown command {line!r}", hint=nearest(line, ("/image", "/reset", "/quit")))
+                raise UserError(f"unknown command {line!r}", hint=nearest(line, ("/image", "/reset", "/tier", "/quit")))
             elif line:
                 turn = Turn(prompt=line, images=images)
                 answer = _ask(session, turn, sampling, max_new_tokens, echo=True)

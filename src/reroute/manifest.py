@@ -301,8 +301,33 @@ class EngineBuild:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tier:
+    """One of several budgets that a bundle runs with the same weights (see `reroute.tiers`).
+
+    Attributes:
+        routing: the spec as the user wrote it.
+        schedule: the spec resolved to stages; tiers differ in their budgets alone. `dense` has the others' decisions,
+            which then keep everything.
+        average_visual_tokens: measured from the schedule for one image, per layer.
+        cache_rows: of each stage.
+        estimates: bytes and FLOPs of the plan.
+        reference: file of the recorded reference.
+    """
+
+    routing: str
+    schedule: Schedule
+    average_visual_tokens: float
+    cache_rows: tuple[int, ...]
+    estimates: dict[str, float]
+    reference: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that a stage needs to know of the one before it.
+
+    With `tiers`, the fields that follow from a schedule are those of one of them, `tier`: in the file of the default,
+    and `at` gives the manifest of another. So whatever reads a manifest serves every tier.
 
     Attributes:
         schema_version: raised when a reader of the older form would go wrong.
@@ -321,6 +346,9 @@ class Manifest:
         check: result of the last check, or None.
         lowering: of TensorRT graphs; None for other backends.
         engine: of built TensorRT engines; None for other backends.
+        tier: name of the tier that `routing`, `schedule`, `average_visual_tokens`, `cache_rows` and `estimates` are of;
+            empty without tiers.
+        tiers: the budgets of a bundle that has several, by name, the default first.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -341,6 +369,36 @@ class Manifest:
     lowering: Lowering | None = None
     engine: EngineBuild | None = None
     profile: str = "fp32"
+    tier: str = ""
+    tiers: dict[str, Tier] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tiers and not self.tier:
+            return
+        if self.tier not in self.tiers:
+            raise ValueError(f"the tier {self.tier!r} is none of {', '.join(self.tiers) or 'no tiers'}")
+        if any(getattr(self, name) != value for name, value in _of_tier(self.tiers[self.tier]).items()):
+            raise ValueError(f"the schedule and its figures are not those of the tier {self.tier!r}")
+        if len({budget_free(tier.schedule) for tier in self.tiers.values()}) > 1:
+            raise ValueError("tiers differ in more than their budgets")
+
+    def at(self, tier: str | None) -> Manifest:
+        """The manifest of one tier; None is the tier that it is of. Raises UserError for a name that is no tier."""
+        if tier is None or tier == self.tier != "":
+            return self
+        if not self.tiers:
+            raise UserError(
+                f"there is no tier {tier!r}: {self.routing} is all that was exported",
+                hint="export with --tier SPEC for several budgets in one bundle",
+            )
+        if tier not in self.tiers:
+            raise UserError(f"unknown tier {tier!r}", hint=nearest(tier, self.tiers))
+        return dataclasses.replace(self, tier=tier, **_of_tier(self.tiers[tier]))
+
+    @property
+    def all_tiers(self) -> tuple[Manifest, ...]:
+        """The manifest of each tier, the default first; of a bundle without tiers its own alone."""
+        return tuple(self.at(name) for name in self.tiers) or (self,)
 
     def to_json(self) -> str:
         """Canonical JSON text: two manifests of equal content are equal byte for byte."""
@@ -349,8 +407,12 @@ class Manifest:
         for name in ("parts", "files", "estimates", "versions"):
             data[name] = dict(sorted(data[name].items()))
         data["model"]["num_parameters"] = dict(sorted(data["model"]["num_parameters"].items()))
-        # Left out where they say nothing, so that readers from before TensorRT still take other bundles.
+        for tier in data["tiers"].values():  # their own order says which is the default
+            tier["estimates"] = dict(sorted(tier["estimates"].items()))
+        # Left out where they say nothing, so that readers from before TensorRT, or tiers, still take other bundles.
         data = {name: value for name, value in data.items() if value is not None or name == "check"}
+        if not self.tiers:
+            del data["tier"], data["tiers"]
         return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, folder: Path) -> None:
@@ -401,6 +463,18 @@ class Manifest:
                     f"{name} has sha256 {digest[:12]}..., the manifest says {expected.sha256[:12]}...",
                     hint="the file was changed after the build: build the bundle again",
                 )
+
+
+def _of_tier(tier: Tier) -> dict[str, Any]:
+    """The fields of a manifest that are a tier's."""
+    names = ("routing", "schedule", "average_visual_tokens", "cache_rows", "estimates")
+    return {name: getattr(tier, name) for name in names}
+
+
+def budget_free(schedule: Schedule) -> Schedule:
+    """The schedule with every budget 1: equal for schedules that one graph can run."""
+    stages = [dataclasses.replace(stage, keep=stage.keep and 1, share=None) for stage in schedule.stages]
+    return dataclasses.replace(schedule, stages=tuple(stages))
 
 
 def sha256_of(path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -93,7 +93,7 @@ def print_plan(plan: Plan, routing: str, stream: TextIO) -> None:
     rows = [
         (
             f"{stage.start}-{stage.stop - 1}" if stage.stop > stage.start else "none",
-            (plan.schedule.nuwa or "all") if stage.budget is None else stage.budget,
+            (plan.schedule.nuwa or "all") if stage.budget is None or stage.budget > plan.num_visual else stage.budget,
             stage.candidates if stage.budget is not None else "-",
             stage.rows,
             format_flops(stage.linear_flops),
@@ -130,6 +130,33 @@ def print_plan(plan: Plan, routing: str, stream: TextIO) -> None:
     )
 
 
+TIER_COLUMNS = ("tier", "routing", "average", "kept", "decoder prefill", "of dense", "scoring", "KV", "of dense")
+
+
+def print_tiers(plans: Mapping[str, tuple[str, Plan]], stream: TextIO) -> None:
+    """One row for each tier of (routing, plan), the default first."""
+    rows = [tier_row(name, routing, plan) for name, (routing, plan) in plans.items()]
+    out = console(stream)
+    out.print("")
+    _title(out, f"{len(rows)} tiers of one set of weights, the first by default")
+    out.print(table(TIER_COLUMNS, rows, text=2))
+
+
+def tier_row(name: str, routing: str, plan: Plan) -> tuple[str, ...]:
+    """Average, budgets, FLOPs and KV bytes of a tier, see `TIER_COLUMNS`."""
+    return (
+        name,
+        routing,
+        f"{plan.average_visual_tokens:.1f}",
+        ", ".join("all" if rows >= plan.num_visual else str(rows) for rows in plan.schedule.budgets),
+        format_flops(plan.decoder_flops),
+        f"{plan.decoder_ratio:.3f}",
+        format_flops(sum(stage.scoring_flops for stage in plan.stages)),
+        format_bytes(plan.kv_bytes),
+        f"{plan.kv_ratio:.3f}",
+    )
+
+
 def _grid_rows(plan: Plan) -> list[tuple[object, ...]]:
     return [
         (
@@ -147,12 +174,17 @@ def _grid_rows(plan: Plan) -> list[tuple[object, ...]]:
 
 def print_check(report: Any, stream: TextIO) -> None:
     """One row for every quantity that was compared, then the verdict."""
+    tiers = any(row.tier for row in report.rows)
     rows = [
-        (row.part, row.quantity, _number(row.measured), _number(row.gate), "ok" if row.passed else "FAILED")
+        (
+            *((row.tier,) if tiers else ()),
+            *(row.part, row.quantity, _number(row.measured), _number(row.gate), "ok" if row.passed else "FAILED"),
+        )
         for row in report.rows
     ]
+    columns = ("tier",) * tiers + ("part", "quantity", "measured", "gate", "result")
     out = console(stream)
-    out.print(table(("part", "quantity", "measured", "gate", "result"), rows, text=5))
+    out.print(table(columns, rows, text=len(columns)))
     failed = sum(not row.passed for row in report.rows)
     verdict = "check passed" if report.passed else f"check failed: {failed} of {len(rows)} rows"
     out.print(f"{verdict} (reference: {report.reference})")

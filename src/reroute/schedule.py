@@ -125,6 +125,11 @@ class Schedule:
         return tuple(stage.keep for stage in self.stages[1:] if stage.keep is not None)
 
     @property
+    def portions(self) -> tuple[tuple[int, int], ...]:
+        """For each decision (keep, whole): `keep` rows or, where `whole` is not 0, a share keep / whole of a pool."""
+        return tuple(stage.share or (stage.keep, 0) for stage in self.stages[1:] if stage.keep is not None)
+
+    @property
     def fixed(self) -> bool:
         """Whether every budget is a number of tokens of one pool, whatever the images are."""
         return self.pool == "all" and all(stage.share is None for stage in self.stages)

@@ -108,7 +108,8 @@ class FakeEngine:
             timings=Timings(**times, prefill_tokens=7 + VISUAL, decode_tokens=2),
         )
 
-    def reset(self) -> None:
+    def reset(self, tier: str | None = None) -> None:
+        self.bundle = self.bundle.at(tier)
         self.lengths[:] = 0
 
     def close(self) -> None:

@@ -193,7 +193,7 @@ def test_what_lmms_eval_itself_lacks_is_named(fake: dict[str, types.ModuleType],
 
 
 def test_arguments_reach_the_session(opened: Opened, tmp_path: Path):
-    assert opened.options == {"path": tmp_path / "bundle", "threads": 3, "provider": "cpu"}
+    assert opened.options == {"path": tmp_path / "bundle", "tier": None, "threads": 3, "provider": "cpu"}
     assert (opened.model.batch_size, opened.model.batch_size_per_gpu) == (1, 1)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from reroute.evaluation import runner
 from reroute.evaluation.runner import Run, groups, run_bundles
+from reroute.manifest import Tier
 from reroute.runtime import Bundle
 from tests.evaluation.fakes import FakeEngine, FakeSet, bundle_of
 
@@ -70,6 +73,32 @@ def test_large_bundles_run_alone():
     runs, _, _, _ = run([bundle_of(path="l", size=2 << 30), bundle_of(path="m", size=2 << 30)], questions)
     assert questions.opened == ["1", "2", "1", "2"]
     assert [len(run.records) for run in runs] == [2, 2]
+
+
+def test_tiers_of_a_large_bundle_share_its_engine():
+    """They stay together whatever the limit, one engine is opened, and each question is asked in its own tier."""
+    manifest = bundle_of(ROUTED).manifest
+    names = {"a": ROUTED, "b": "reroute@2,4:keep=9,2"}
+    tiers = {}
+    for name, routing in names.items():
+        one = bundle_of(routing).manifest
+        tiers[name] = Tier(
+            routing=routing,
+            schedule=one.schedule,
+            average_visual_tokens=one.average_visual_tokens,
+            cache_rows=one.cache_rows,
+            estimates=one.estimates,
+            reference=f"{name}.npz",
+        )
+    tiered = replace(bundle_of(ROUTED, path="t", size=2 << 30), manifest=replace(manifest, tier="a", tiers=tiers))
+    other = bundle_of(ROUTED, path="o")
+    views = [tiered.at("a"), tiered.at("b"), other]
+    assert [len(group) for group in groups(views, limit=3)] == [2, 1]
+    runs, log, engines, _ = run(views, FakeSet([1, 1]))
+    assert [entry[0] for entry in log] == ["t", "t", "t", "t", "t", "o", "o"]
+    assert len(engines) == 2
+    kept = [[[decision.kept for decision in record.decisions] for record in one.records] for one in runs]
+    assert kept == [[[5, 3]] * 2, [[9, 2]] * 2, [[5, 3]] * 2]
 
 
 def test_the_limit_leaves_room_for_the_demo_and_not_for_7b():

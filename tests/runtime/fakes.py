@@ -234,6 +234,10 @@ class FakeBackend:
     def reset(self) -> None:
         self.rows: list[list[tuple[float, int]]] = [[] for _ in self.manifest.schedule.stages]
 
+    def use(self, tier: str) -> None:
+        self.manifest = self.manifest.at(tier)
+        self.reset()
+
     @property
     def lengths(self) -> np.ndarray:
         return np.asarray([len(rows) for rows in self.rows], dtype=np.int32)

@@ -14,7 +14,7 @@ from reroute import report
 from reroute.bench import document
 from reroute.bench.document import JSON_NAME, KIND
 from reroute.bench.machine import facts
-from reroute.bench.measure import Extra, Settings, measure, names_of, open_bundles, steps
+from reroute.bench.measure import Extra, Settings, every_tier, measure, names_of, open_bundles, steps
 from reroute.bench.report import to_csv, to_markdown
 from reroute.errors import EXIT_OK
 from reroute.folders import check_output, whole_folder
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         check_output(args.output, force=args.force, written=written)
     settings = settings_of(args)
-    bundles = open_bundles(args.bundles, settings)
+    bundles = every_tier(open_bundles(args.bundles, settings))
     data = bench(dict(zip(names_of(bundles), bundles, strict=True)), settings)
     markdown = to_markdown(data)
     print(document.to_json(data) if args.json else markdown, end="", flush=True)

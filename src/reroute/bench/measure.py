@@ -19,7 +19,7 @@ from reroute.bench.memory import Footprint, footprint
 from reroute.bench.statistics import spread
 from reroute.bench.workload import Sample, Shape, Workload, check_capacity
 from reroute.errors import UserError
-from reroute.runtime.backend import BackendOptions, open_backend
+from reroute.runtime.backend import Backend, BackendOptions, open_backend
 from reroute.runtime.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
 from reroute.scenario import FILE_NAME as REFERENCE
 
@@ -75,6 +75,11 @@ def open_bundles(paths: Sequence[Path], settings: Settings, *, twice: bool = Fal
     return bundles
 
 
+def every_tier(bundles: Sequence[Bundle]) -> list[Bundle]:
+    """A bundle with tiers once in each of them: every tier is a candidate of its own."""
+    return [replace(bundle, manifest=manifest) for bundle in bundles for manifest in bundle.manifest.all_tiers]
+
+
 def names_of(bundles: Sequence[Bundle]) -> list[str]:
     """What to call them: the routing, and where two have the same one the folder's name and, if need be, a number."""
     routings = Counter(bundle.manifest.routing for bundle in bundles)
@@ -110,8 +115,14 @@ def measure(
     runs: dict[Key, Callable[[], Sample]] = {}
     loads: dict[Key, Workload] = {}
     options = BackendOptions(threads=settings.threads, provider=settings.provider)
+    engines: dict[Path, Backend] = {}  # tiers of a bundle run on one
     for name, bundle in bundles.items():
-        backend = open_backend(bundle, options)
+        tier = bundle.manifest.tier
+        backend = engines.get(bundle.path) if tier else None
+        backend = backend or open_backend(bundle, options)
+        if tier:
+            engines[bundle.path] = backend
+            backend.use(tier)
         candidates.append(_candidate(name, bundle, backend.describe(), backend.cache_bytes, prints[name]))
         for shape in settings.shapes():
             loads[name, shape.text] = Workload(bundle.manifest, backend, shape)
@@ -166,7 +177,7 @@ def _footprints(
     found: dict[str, list[Footprint]] = {name: [] for name in bundles}
     for _ in range(MEMORY_RUNS):
         for name, bundle in bundles.items():
-            found[name].append(footprint(bundle.path, shape, threads=settings.threads, provider=settings.provider))
+            found[name].append(footprint(bundle, shape, threads=settings.threads, provider=settings.provider))
             advance()
     return found
 
@@ -176,11 +187,12 @@ def _candidate(
 ) -> Candidate:
     manifest = bundle.manifest
     peaks = [one.peak_rss_bytes for one in prints]
+    references = {tier.reference for tier in manifest.tiers.values()}
     return Candidate(
         name=name,
         folder=bundle.path.resolve().name,
         routing=manifest.routing,
-        action=manifest.schedule.action,
+        action="dense" if manifest.routing == "dense" else manifest.schedule.action,  # a tier may be, too
         average_visual_tokens=manifest.average_visual_tokens,
         dtype=manifest.dtype,
         backend=manifest.backend,
@@ -191,7 +203,9 @@ def _candidate(
         memory={
             "peak_rss_bytes": spread(peaks).median,
             "cache_bytes": cache_bytes,
-            "weight_bytes": sum(file.bytes for name, file in manifest.files.items() if name not in _NOT_WEIGHTS),
+            "weight_bytes": sum(
+                file.bytes for name, file in manifest.files.items() if name not in {*_NOT_WEIGHTS, *references}
+            ),
         },
         load_ms=spread([one.load_ms for one in prints]).median,
         memory_samples=tuple(asdict(one) for one in prints),

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from reroute.bench.workload import Shape
 from reroute.errors import UserError
+from reroute.runtime.bundle import Bundle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +33,17 @@ class Footprint:
     load_ms: float
 
 
-def footprint(bundle: Path, shape: Shape, *, threads: int | None, provider: str) -> Footprint:
+def footprint(bundle: Bundle, shape: Shape, *, threads: int | None, provider: str) -> Footprint:
     """Measure one session in a fresh process. Raises UserError with the process's own words when it fails."""
-    request = {"bundle": str(bundle), "threads": threads, "provider": provider, **asdict(shape)}
+    tier = bundle.manifest.tier or None
+    request = {"bundle": str(bundle.path), "tier": tier, "threads": threads, "provider": provider, **asdict(shape)}
     done = subprocess.run(
         [sys.executable, "-m", "reroute.bench.memory", json.dumps(request)], capture_output=True, text=True
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise UserError(
-            f"a session of {bundle} could not be measured in a process of its own: {last}",
+            f"a session of {bundle.path} could not be measured in a process of its own: {last}",
             hint="see whether `reroute run` works with it; a process that was killed had too little memory",
         )
     return Footprint(**json.loads(done.stdout.splitlines()[-1]))
@@ -68,9 +70,8 @@ def main() -> None:
     shape = Shape(text=request["text"], images=request["images"], tokens=request["tokens"])
     start_rss = peak_rss_bytes()
     start = time.perf_counter()
-    with Session.open(
-        request["bundle"], threads=request["threads"], provider=request["provider"], verify=False
-    ) as session:
+    options = {name: request[name] for name in ("tier", "threads", "provider")}
+    with Session.open(request["bundle"], **options, verify=False) as session:
         load_ms = (time.perf_counter() - start) * 1e3
         Workload(session.manifest, session.backend, shape).run()
         result = Footprint(peak_rss_bytes=peak_rss_bytes(), start_rss_bytes=start_rss, load_ms=load_ms)

@@ -55,7 +55,8 @@ class Workload:
 
     def __init__(self, manifest: Manifest, backend: Backend, shape: Shape) -> None:
         check_capacity(manifest, shape)
-        self._backend, self._shape = backend, shape
+        self._backend, self._shape, self._tier = backend, shape, manifest.tier
+        self._empty()
         self._positions = Positions(manifest)
         model = manifest.model
         probe = scenarios.probe(model)
@@ -78,7 +79,7 @@ class Workload:
         """One repetition from empty caches; afterwards `kv_bytes` are what the prompt fills."""
         backend, positions = self._backend, self._positions
         sample: Sample = {}
-        backend.reset()
+        self._empty()
         start = mark = time.perf_counter()
         visual = None
         if self._pixels is not None:
@@ -99,6 +100,13 @@ class Workload:
         sample["decode_ms"] = decode / self._shape.tokens
         sample["end_to_end_ms"] = _since(start)
         return sample
+
+    def _empty(self) -> None:
+        """Empty caches, and the tier that this is of: others may run on the same engine."""
+        if self._tier:
+            self._backend.use(self._tier)
+        else:
+            self._backend.reset()
 
 
 def check_capacity(manifest: Manifest, shape: Shape) -> None:

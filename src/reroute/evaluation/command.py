@@ -39,14 +39,16 @@ def run(args: argparse.Namespace) -> int:
     """Check everything, ask, print, write."""
     if args.output is not None:
         check_output(args.output, force=args.force, written=written)
-    bundles = open_bundles(args.bundles)
+    bundles = open_bundles(args.bundles, args.tier)
     questions = question_set(args)
     start = time.perf_counter()
     with report.progress(len(bundles) * len(questions), "answers") as advance:
         runs = run_bundles(
             bundles,
             questions,
-            open_engine=lambda bundle: Session.open(bundle.path, threads=args.threads, provider=args.provider),
+            open_engine=lambda bundle: Session.open(
+                bundle.path, tier=bundle.manifest.tier or None, threads=args.threads, provider=args.provider
+            ),
             advance=advance,
         )
     run_facts = {
@@ -67,13 +69,19 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def open_bundles(paths: Sequence[Path]) -> list[Bundle]:
-    """Manifests of all bundles; their files are hashed when they are loaded. Raises UserError, also for duplicates."""
+def open_bundles(paths: Sequence[Path], tier: str | None = None) -> list[Bundle]:
+    """Manifests of all bundles; their files are hashed when they are loaded. Raises UserError, also for duplicates.
+
+    A bundle with tiers is there once in each of them, or in `tier` alone.
+    """
     places = [path.resolve() for path in paths]
     for path, place in zip(paths, places, strict=True):
         if places.count(place) > 1:
             raise UserError(f"{path} is given twice", hint="give every bundle once")
-    return [Bundle.open(path, verify=False) for path in paths]
+    opened = [Bundle.open(path, verify=False) for path in paths]
+    if tier is not None:
+        return [bundle.at(tier) for bundle in opened]
+    return [bundle.at(one.tier or None) for bundle in opened for one in bundle.manifest.all_tiers]
 
 
 def question_set(args: argparse.Namespace) -> QuestionSet:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # What models/simple/llava_hf.py generates at most when a task does not say.
 MAX_NEW_TOKENS = 1024
 
-_ARGUMENTS = ("bundle", "threads", "provider")
+_ARGUMENTS = ("bundle", "tier", "threads", "provider")
 _KNOWN = {"until", "max_new_tokens", "temperature", "top_p", "num_beams", "do_sample"}
 
 
@@ -120,6 +120,7 @@ def model_class() -> type:
         def __init__(
             self,
             bundle: str | None = None,
+            tier: str | None = None,
             threads: int | None = None,
             provider: str = "cpu",
             batch_size: int | str | None = 1,
@@ -131,6 +132,7 @@ def model_class() -> type:
 
             Args:
                 bundle: folder of `reroute build`.
+                tier: of a bundle with several; None for its default.
                 threads: CPU threads; None for the engine's choice.
                 provider: "cpu" or "cuda".
                 batch_size: 1.
@@ -154,7 +156,7 @@ def model_class() -> type:
                     f"the batch size is {batch_size}", hint="an engine answers one question: --batch_size 1"
                 )
             self.batch_size_per_gpu = 1
-            self.session = Session.open(Path(str(bundle)), threads=threads, provider=provider)
+            self.session = Session.open(Path(str(bundle)), tier=tier, threads=threads, provider=provider)
 
         @property
         def batch_size(self) -> int:

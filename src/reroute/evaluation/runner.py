@@ -47,8 +47,8 @@ class Engine(Protocol):
         """Ask greedily."""
         ...
 
-    def reset(self) -> None:
-        """Forget the dialogue."""
+    def reset(self, tier: str | None = None) -> None:
+        """Forget the dialogue; go on in a tier of the bundle."""
         ...
 
     def close(self) -> None:
@@ -86,7 +86,11 @@ def run_bundles(
     runs: list[Run] = []
     for group in groups(bundles):
         with ExitStack() as stack:
-            engines = [stack.enter_context(closing(open_engine(bundle))) for bundle in group]
+            engines: list[Engine] = []
+            for bundle in group:
+                # Tiers of a bundle share an engine, which changes to the tier of each question's turn.
+                same = [engine for other, engine in zip(group, engines, strict=False) if _shared(other, bundle)]
+                engines.append(same[0] if same else stack.enter_context(closing(open_engine(bundle))))
             records: list[list[Record]] = [[] for _ in group]
             for key, asked in groupby(questions, key=lambda question: question.image):
                 image = questions.image(key)
@@ -97,7 +101,8 @@ def run_bundles(
                     if vision not in features:
                         features[vision] = engine.encode(image)
                     for question in about:
-                        answer = _ask(engine, question, features[vision], questions.max_new_tokens)
+                        engine.reset(bundle.manifest.tier or None)
+                        answer = engine.ask(question.prompt, features[vision], max_new_tokens=questions.max_new_tokens)
                         own.append(record_of(engine, questions, question, answer, image.size))
                         advance()
             for bundle, engine, own in zip(group, engines, records, strict=True):
@@ -111,6 +116,8 @@ def groups(bundles: Iterable[Bundle], limit: int = TOGETHER_BYTES) -> Iterator[l
     held = 0
     for bundle in bundles:
         size = sum(file.bytes for file in bundle.manifest.files.values())
+        if any(_shared(other, bundle) for other in group):
+            size = 0
         if group and held + size > limit:
             yield group
             group, held = [], 0
@@ -118,6 +125,11 @@ def groups(bundles: Iterable[Bundle], limit: int = TOGETHER_BYTES) -> Iterator[l
         held += size
     if group:
         yield group
+
+
+def _shared(one: Bundle, other: Bundle) -> bool:
+    """Whether two are tiers of one bundle."""
+    return one.path == other.path and bool(one.manifest.tiers)
 
 
 def record_of(
@@ -144,8 +156,3 @@ def record_of(
         rows=tuple(int(rows) - text_rows for rows in np.asarray(engine.backend.lengths)),
         kv_bytes=engine.cache_bytes_used,
     )
-
-
-def _ask(engine: Engine, question: Question, features: Any, max_new_tokens: int) -> Answer:
-    engine.reset()
-    return engine.ask(question.prompt, features, max_new_tokens=max_new_tokens)
