@@ -191,8 +191,8 @@ def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, profile: Prof
 
     from reroute.engines.lower import lower
     from reroute.engines.quantize import quantize
-    from reroute.engines.weights import DataFile, load_graph
     from reroute.engines.tiers import take_budgets
+    from reroute.engines.weights import DataFile, load_graph
 
     loaded = {name: load_graph(export_dir / part.file) for name, part in manifest.parts.items()}
     graphs = {part.file for part in manifest.parts.values()}
