@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from reroute.export import llama
 from reroute.export.checkpoint import Checkpoint
 from reroute.export.decoder import Linear, RoutedDecoder
-from reroute.export.models import qwen_vl
+from reroute.export.models import qwen_nuwa, qwen_vl
 from reroute.manifest import Grid, Model, VisionModel
 from reroute.schedule import Schedule
 
@@ -173,8 +173,7 @@ def build_decoder(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> R
 
 
 def build_vision(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> nn.Module:
-    """The tower for the model's grids, with its weights."""
-    qwen_vl.refuse_nuwa(schedule)
+    """The tower for the model's grids, with its weights; with Nüwa's first stage where the schedule has it."""
     with torch.device("meta"):
         built = Tower(parse_config(checkpoint), model.vision)
-    return qwen_vl.load_tower(checkpoint, built)
+    return qwen_nuwa.with_first_stage(qwen_vl.load_tower(checkpoint, built), schedule)
