@@ -295,7 +295,9 @@ class RoutedDecoder(nn.Module):
             return layer.query(x[:, -1:], table, places[:, -1:])[:, 0], key
         model, rows = self.model, self.schedule.rows
         last = (torch.arange(rows, device=x.device) + (x.shape[1] - rows)).clamp(min=0).expand(x.shape[0], -1)
-        query = layer.query(ops.gather(x, last), table, places.gather(1, last))
+        # A decode step has a table of one row, and ONNX Runtime's rotary op takes no more rows than the table has.
+        wide = (nn.functional.pad(table[0], (0, 0, 0, rows)), nn.functional.pad(table[1], (0, 0, 0, rows)))
+        query = layer.query(ops.gather(x, last), wide, places.gather(1, last))
         largest = int(self.schedule.heads == "max")
         votes = ops.votes(query, key, model.num_heads, model.num_kv_heads, layer.scale, largest)
         return votes.new_ones(votes.shape[0], 1), votes

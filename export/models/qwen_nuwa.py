@@ -51,7 +51,7 @@ def similar_layers(depth: int) -> range:
 
 def candidates_per_region(tokens: int, keep: int) -> int:
     """How many tokens of each region may stay: at least 3, and as many as `keep` of `tokens` are of 4."""
-    return max(LEAST, -(-nuwa.REGION**2 * keep // tokens))
+    return max(LEAST, -(-(nuwa.REGION**2) * keep // tokens))
 
 
 def reach(grid: Grid) -> float:
