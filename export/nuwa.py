@@ -1,6 +1,6 @@
 """Nüwa's first stage (arXiv 2602.02951) in plain torch: which patches leave the vision tower, and what they carry.
 
-This is its form for LLaVA; the parts are also those of the form for Qwen-VL (`reroute.export.models.qwen_nuwa`).
+This is its form for LLaVA; the parts are also those of the form for Qwen-VL (`reroute.export.nuwa_grid`).
 
 It looks at the image alone. Patches stay spread over the image, because each small region sends its own candidates, and
 most of those that stay collect the features of patches like them nearby; the strongest stay as they are. Letters: M

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig
 from transformers.activations import ACT2FN
 
-from reroute.export import llama
+from reroute.export import llama, nuwa_grid
 from reroute.export.checkpoint import Checkpoint
 from reroute.export.decoder import Linear, RoutedDecoder
-from reroute.export.models import qwen_nuwa, qwen_vl
+from reroute.export.models import qwen_vl
 from reroute.manifest import Model, VisionModel
 from reroute.schedule import Schedule
 
@@ -95,4 +95,4 @@ def build_vision(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> nn
     """The tower for the model's grids, with its weights; with Nüwa's first stage where the schedule has it."""
     with torch.device("meta"):
         built = tower(parse_config(checkpoint), model.vision)
-    return qwen_nuwa.with_first_stage(qwen_vl.load_tower(checkpoint, built), schedule)
+    return nuwa_grid.with_first_stage(qwen_vl.load_tower(checkpoint, built), schedule)

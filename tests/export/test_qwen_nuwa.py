@@ -18,7 +18,7 @@ from reroute.export import resolve
 from reroute.export.checkpoint import Checkpoint
 from reroute.export.grids import with_grids
 from reroute.export.models import family_of
-from reroute.export.models.qwen_nuwa import candidates_per_region, misread, reach, similar_layers
+from reroute.export.nuwa_grid import candidates_per_region, misread, reach, similar_layers
 from reroute.export.reference import RecordingDecoder, Visual, encode, run_grids
 from reroute.manifest import Grid
 from tests.export.test_qwen import PROMPTS, flat_patches, pixels_of, thw
