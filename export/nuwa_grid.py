@@ -22,6 +22,7 @@ Letters: M images, N visual tokens, K kept, P patches, C tower width, D decoder 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,7 +141,7 @@ class NuwaGridTower(nn.Module):
         One head after the other: a [P, P] matrix of all heads would be the largest tensor of the tower.
         """
         tower = self.tower
-        block = tower.blocks[-1]
+        block: Any = tower.blocks[-1]
         attention = block.attn
         q, k, _ = attention.project(block.norm1(x), tower.table("cos", grid), tower.table("sin", grid))
         size = x.shape[2] // attention.heads

@@ -119,6 +119,8 @@ def test_a_session_of_several_images_says_where_their_tokens_were(kind: Kind, ma
         answer = session.ask("where?", [wide, high], max_new_tokens=3)
         assert answer.visual_tokens == len(answer.entered) == 15 + 9
         alone = [session.encode(picture).visual.places for picture in (wide, high)]
+        assert alone[0] is not None
+        assert alone[1] is not None
         assert answer.entered.tolist() == [*alone[0][0].tolist(), *(24 + alone[1][0]).tolist()]
         assert all(np.isin(route, answer.entered).all() for route in answer.routes)
         if kind == "qwen3_vl":

@@ -79,7 +79,7 @@ def open_bundles(paths: Sequence[Path]) -> list[Bundle]:
 
 def boxes_of(bundles: Sequence[Bundle]) -> Boxes:
     """How all bundles write boxes. Raises UserError where they differ: they would not be asked the same questions."""
-    written = {bundle.manifest.model.boxes: bundle.path for bundle in bundles}
+    written: dict[Boxes, Path] = {bundle.manifest.model.boxes: bundle.path for bundle in bundles}
     if len(written) > 1:
         (one, first), (other, second) = list(written.items())[:2]
         raise UserError(
