@@ -4,9 +4,9 @@
     python benchmarks/plans.py --json
 
 The configs in the script hold the values of config.json and preprocessor_config.json of the public checkpoints that
-shapes follow from. Everything is counted as `reroute export --dry-run` counts it (see `reroute.cost`), for float16
-weights and caches, 64 text tokens and one image, a session of 512 text tokens and 2 images. An engine of this size was
-not built.
+shapes follow from; the public files they were compared with stand beside them. Everything is counted as `reroute export
+--dry-run` counts it (see `reroute.cost`), for float16 weights and caches, 64 text tokens and one image, a session of
+512 text tokens and 2 images. An engine of this size was not built.
 """
 
 from __future__ import annotations
@@ -28,6 +28,17 @@ from reroute.manifest import Capacity, GridProcessing, ImageProcessing, Model, T
 from reroute.report import format_bytes, format_flops
 from reroute.routing import RoutingSpec
 
+# Compared value by value with these files on huggingface.co, as far as a value is there. What they leave away is
+# transformers' default: LlamaConfig's 4096, 11008, 32, 32 for LLaVA-1.5-7B, Qwen2_5_VLVisionConfig's depth, heads,
+# intermediate size, windows and layers without windows where a file names only what differs.
+# LLaVA-1.5-7B: mohitsha/llava-1.5-7b-hf config.json, whose _name_or_path is llava-hf/llava-1.5-7b-hf.
+# LLaVA-1.5-13B: the text model is lmsys/vicuna-13b-v1.5 (TheBloke/vicuna-13B-v1.5-GPTQ config.json), tower and
+#   vocabulary (32000 and 64 for the image token) as for 7B; the checkpoint's own config.json was not to be had.
+# Qwen2.5-VL-7B: Qwen/Qwen2.5-VL-7B-Instruct config.json; its vocabulary by the module's print in
+#   github.com/acproject/duorou docs/qwen2.5vl_graph.md.
+# Qwen2.5-VL-3B: dahwinsingularity/vllm2 config.json, whose _name_or_path is Qwen/Qwen2.5-VL-3B-Instruct, and
+#   vbdai/CPPO-3B, which has the tower written out; vocabulary: vinayakk2/parseo-1.
+# Processor: mlx-community/Qwen2.5-VL-3B-Instruct-6bit preprocessor_config.json; its means do not matter here.
 _CLIP = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
          "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768}  # fmt: skip
 _VICUNA = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
@@ -68,8 +79,11 @@ QWEN_PROCESSING = GridProcessing(
 )
 SCHEDULES = {
     "llava": ("dense", "published:llava15/avg192/reroute-pdrop", "reroute-pdrop:avg=1/9"),
-    "qwen2_5_vl": ("dense", "published:qwen25/avg192/reroute-pdrop", "reroute-pdrop:avg=1/9"),
-}
+    "qwen2_5_vl": (
+        "dense", "published:qwen25/avg192/reroute-pdrop", "reroute-pdrop:avg=1/9", "published:qwen25/keep25/nuwa",
+        "reroute-nuwa:avg=1/9",
+    ),
+}  # fmt: skip
 # Memory that processor and GPU share; the system and other processes need some of it.
 BOARDS = {"Orin Nano 8 GB": 8, "Orin NX 16 GB": 16, "AGX Orin 64 GB": 64}
 USABLE = 0.8

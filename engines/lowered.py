@@ -101,6 +101,7 @@ def require_fixed_shapes(manifest: Manifest) -> None:
         (bool(model.vision.grids), "a vision tower with one graph for each grid"),
         (model.text.deepstack > 0, "features that are added after decoder layers (deepstack)"),
         (not schedule.fixed, "budgets that are shares, or for each image"),
+        (not schedule.plain_scores, "scores of several rows, or the largest of all heads"),
     ):
         if has:
             raise UserError(

@@ -8,6 +8,7 @@ sequence. Rows that wait keep their hidden state bit for bit. Removal (FastV, ar
 A decision ranks by the attention of the last row in its *scoring layer*. That is the decision layer itself (`own`, the
 Reroute and PyramidDrop code), or the layer before it (`previous`, FastV's code, which reads the attention that this
 layer computed anyway). Rows that wait have no attention there: their keys are projected from the state they wait in.
+More than one of the last rows may rank, and the largest of all heads instead of their mean (Nüwa's Qwen2.5-VL code).
 
 One graph serves prefill (N > 0), later turns, text-only prompts and decode (N = 0, T = 1), because every budget acts as
 min(K, N). Inputs and outputs of `RoutedDecoder.forward`; B batch, T text rows, N visual rows, S = T + N, D hidden size:
@@ -241,7 +242,7 @@ class RoutedDecoder(nn.Module):
         routes: list[Tensor] = []
         present: list[Cache] = []
         lengths = kv_len.split(1)
-        # The last row's query and the candidates' keys, for a decision in the next layer.
+        # For a decision in the next layer.
         ballot: tuple[Tensor, Tensor] | None = None
         for number, stage in enumerate(schedule.stages):
             for index in range(stage.start, stage.stop):
@@ -261,11 +262,10 @@ class RoutedDecoder(nn.Module):
                     raw = layer.key(x)
                     table, places = rope(number - own)
                     key = layer.rotate(raw, table, places)
-                    query = layer.query(x[:, -1:], table, places[:, -1:])[:, 0]
+                    ballot = self.ballot(layer, x, key, table, places)
                     if own:
-                        ran = self.choose(query, key, rows, stage, visual, pools)
-                    else:
-                        ballot = (query, key)
+                        ran = self.choose(*ballot, rows, stage, visual, pools)
+                        ballot = None
                     if ran is not None:
                         rows.take(ran)
                         x = ops.gather(x, ran)
@@ -279,15 +279,40 @@ class RoutedDecoder(nn.Module):
         logits = self.lm_head(self.norm(rows.h[:, -1])).float()
         return Output(logits, routes, present)
 
+    def ballot(self, layer: Layer, x: Tensor, key: Tensor, table: Cache, places: Tensor) -> tuple[Tensor, Tensor]:
+        """What a decision ranks with: the last row's query [B, H*d] and all rows' keys [B, S, G*d].
+
+        Where scores are made otherwise, they come before (see `ops.votes`): a query of 1 and their logarithm [B, S, 1].
+
+        Args:
+            layer: the scoring layer.
+            x: normed rows.
+            key: their rotated keys.
+            table: rotary table.
+            places: its rows that belong to `x`.
+        """
+        if self.schedule.plain_scores:
+            return layer.query(x[:, -1:], table, places[:, -1:])[:, 0], key
+        model, rows = self.model, self.schedule.rows
+        last = (torch.arange(rows, device=x.device) + (x.shape[1] - rows)).clamp(min=0).expand(x.shape[0], -1)
+        # A decode step has a table of one row, and ONNX Runtime's rotary op takes no more rows than the table has.
+        wide = (nn.functional.pad(table[0], (0, 0, 0, rows)), nn.functional.pad(table[1], (0, 0, 0, rows)))
+        query = layer.query(ops.gather(x, last), wide, places.gather(1, last))
+        largest = int(self.schedule.heads == "max")
+        votes = ops.votes(query, key, model.num_heads, model.num_kv_heads, layer.scale, largest)
+        return votes.new_ones(votes.shape[0], 1), votes
+
     def choose(
         self, q_last: Tensor, keys: Tensor, rows: Rows, stage: Stage, visual: Tensor, pools: Tensor | None
     ) -> Tensor:
-        """The decision, see `reroute.export.ops.select` and `select_pools`; recorded when `decisions` is a list.
+        """The decision by a ballot, see `ops.select` and `ops.select_pools`; recorded when `decisions` is a list.
 
         `visual` and `pools`, int64 [B, N], are the slots of the step's visual rows and their pools; without pools all
         rows compete with each other for a fixed budget.
         """
         heads, groups, scale = self.model.num_heads, self.model.num_kv_heads, self.model.head_dim**-0.5
+        if not self.schedule.plain_scores:
+            heads, groups, scale = 1, 1, 1.0
         if self.decisions is not None:
             scores = ops.last_row_scores(q_last, keys, heads, groups, scale)
             self.decisions.append((rows.visual, scores.gather(1, rows.visual)))

@@ -1,5 +1,7 @@
 """Nüwa's first stage (arXiv 2602.02951) in plain torch: which patches leave the vision tower, and what they carry.
 
+This is its form for LLaVA; the parts are also those of the form for Qwen-VL (`reroute.export.nuwa_grid`).
+
 It looks at the image alone. Patches stay spread over the image, because each small region sends its own candidates, and
 most of those that stay collect the features of patches like them nearby; the strongest stay as they are. Letters: M
 images, P patches on a grid of H x W, K kept, C tower width.
@@ -45,12 +47,14 @@ def candidates_per_region(grid: tuple[int, int], keep: int) -> int:
     return next((n for n in per_region if sum(min(n, size) for size in sizes) >= keep), REGION * REGION)
 
 
-def select(salience: Tensor, grid: tuple[int, int], keep: int) -> Tensor:
+def select(salience: Tensor, grid: tuple[int, int], keep: int, per_region: int | None = None) -> Tensor:
     """The patches that stay: int64 [M, K], ascending, of `salience` [M, P]. Equal salience: the first patch wins.
 
-    At most `candidates_per_region` of each 2 x 2 region are candidates; the `keep` most salient candidates stay.
+    At most `per_region` (default: `candidates_per_region`) of each 2 x 2 region are candidates; the `keep` most salient
+    candidates stay.
     """
-    count, per_region = salience.shape[0], candidates_per_region(grid, keep)
+    count = salience.shape[0]
+    per_region = candidates_per_region(grid, keep) if per_region is None else per_region
     regions = region_patches(grid).to(salience.device)  # [R, 4], -1 where an edge cuts a region
     inside = salience[:, regions.clamp(min=0).flatten()].view(count, *regions.shape)
     inside = inside.masked_fill(regions < 0, -math.inf)
@@ -71,12 +75,15 @@ def region_patches(grid: tuple[int, int]) -> Tensor:
     return index.unfold(0, REGION, REGION).unfold(1, REGION, REGION).reshape(-1, REGION * REGION)
 
 
-def closeness(grid: tuple[int, int]) -> Tensor:
-    """[P, P]: 1 for a patch itself, falling linearly with the distance on the grid, 0 from `REACH` on."""
+def closeness(grid: tuple[int, int], reach: float | None = None) -> Tensor:
+    """[P, P]: 1 for a patch itself, falling linearly with the distance on the grid, 0 from `reach` on.
+
+    `reach` is in grid steps, by default `REACH` scaled to the grid.
+    """
     rows, columns = grid
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()
     distance = (places[:, None] - places[None]).square().sum(-1).sqrt()
-    reach = REACH * math.sqrt(rows * columns) / _SIDE
+    reach = REACH * math.sqrt(rows * columns) / _SIDE if reach is None else reach
     return (1 - (distance / reach).clamp(max=1)).float()
 
 

@@ -114,6 +114,67 @@ RerouteSelectPools <keep, whole, num_heads, num_kv_heads, scale>(q_last, keys, c
     slots, slot_places = TopK <axis = 1, largest = 0, sorted = 1> (unordered, total)
 }}"""
 
+# Queries [B, G, heads of a group, R, d] against keys [B, G, 1, d, S]. Rows in front of the first count nothing.
+VOTES = f"""{_HEADER}
+RerouteVotes <num_heads, num_kv_heads, scale, largest>(q, keys) => (votes)
+{{
+    zero = Constant <value_ints = [0]> ()
+    rest = Constant <value_ints = [-1]> ()
+    heads_value = Constant <value_int: int = @num_heads> ()
+    heads = Reshape (heads_value, rest)
+    groups_value = Constant <value_int: int = @num_kv_heads> ()
+    groups = Reshape (groups_value, rest)
+    share = Div (heads, groups)
+    q_shape = Concat <axis = 0> (zero, zero, groups, share, rest)
+    q_heads = Reshape (q, q_shape)
+    q_low = Transpose <perm = [0, 2, 3, 1, 4]> (q_heads)
+    q_wide = Cast <to = 1> (q_low)
+    k_shape = Concat <axis = 0> (zero, zero, groups, rest)
+    k_heads = Reshape (keys, k_shape)
+    k_low = Transpose <perm = [0, 2, 3, 1]> (k_heads)
+    k_cast = Cast <to = 1> (k_low)
+    group_axis = Constant <value_ints = [2]> ()
+    k_wide = Unsqueeze (k_cast, group_axis)
+    products = MatMul (q_wide, k_wide)
+    factor = Constant <value_float: float = @scale> ()
+    logits = Mul (products, factor)
+    rows = Shape <start = 1, end = 2> (q)
+    total = Shape <start = 1, end = 2> (keys)
+    before = Sub (total, rows)
+    origin = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    rows_scalar = Squeeze (rows)
+    steps = Range (origin, rows_scalar, one)
+    own = Add (steps, before)
+    own_inside = Max (own, zero)
+    own_column = Unsqueeze (own_inside, rest)
+    total_scalar = Squeeze (total)
+    columns = Range (origin, total_scalar, one)
+    seen = LessOrEqual (columns, own_column)
+    never = Constant <value = float {{-inf}}> ()
+    masked = Where (seen, logits, never)
+    probabilities = Softmax <axis = -1> (masked)
+    counts = GreaterOrEqual (own, zero)
+    weight = Cast <to = 1> (counts)
+    weight_column = Unsqueeze (weight, rest)
+    weighted = Mul (probabilities, weight_column)
+    row_axis = Constant <value_ints = [3]> ()
+    summed = ReduceSum <keepdims = 0> (weighted, row_axis)
+    number = ReduceSum <keepdims = 0> (weight)
+    by_head = Div (summed, number)
+    head_axes = Constant <value_ints = [1, 2]> ()
+    largest_of = ReduceMax <keepdims = 0> (by_head, head_axes)
+    mean_of = ReduceMean <keepdims = 0> (by_head, head_axes)
+    largest_value = Constant <value_int: int = @largest> ()
+    use_largest = Greater (largest_value, origin)
+    scores = Where (use_largest, largest_of, mean_of)
+    least = Constant <value_float = 1e-37> ()
+    positive = Max (scores, least)
+    logarithm = Log (positive)
+    column = Unsqueeze (logarithm, rest)
+    votes = CastLike (column, keys)
+}}"""
+
 GATHER = f"""{_HEADER}
 RerouteGather (x, slots) => (rows)
 {{
@@ -205,11 +266,11 @@ RerouteAttention <num_heads, num_kv_heads, scale>(q, k, v, past_key, past_value,
     out = Reshape (by_row, out_shape)
 }}"""
 
-BODIES = (SELECT, SELECT_POOLS, GATHER, SCATTER, RMS_NORM, ROTARY, ATTENTION)
+BODIES = (SELECT, SELECT_POOLS, VOTES, GATHER, SCATTER, RMS_NORM, ROTARY, ATTENTION)
 
 
 def functions() -> list[onnx.FunctionProto]:
-    """The seven ops as local functions of standard ops."""
+    """The eight ops as local functions of standard ops."""
     return [onnx.parser.parse_function(body) for body in BODIES]
 
 
@@ -257,6 +318,14 @@ SCHEMAS = (
         {"keep": _INT, "whole": _INT, **_HEADS},
         _FLOATS,
     ),
+    _schema(
+        "RerouteVotes",
+        "Logarithm of each row's score by the last R rows: mean over them, largest over heads or mean.",
+        "q keys",
+        "votes",
+        {**_HEADS, "largest": _INT},
+        _FLOATS,
+    ),
     _schema("RerouteGather", "Rows of x at slots.", "x slots:i64", "rows", {}, _ANY),
     _schema("RerouteScatter", "full with rows written at slots.", "full slots:i64 rows", "updated", {}, _ANY),
     _schema("RerouteRMSNorm", "Root mean square norm of the last axis.", "x weight", "y", {"eps": _FLOAT}, _FLOATS),
@@ -288,6 +357,7 @@ def register_schemas() -> None:
 _ONNX_NAMES = {
     "select": ("RerouteSelect", 4, ("keep", "num_heads", "num_kv_heads", "scale")),
     "select_pools": ("RerouteSelectPools", 6, ("keep", "whole", "num_heads", "num_kv_heads", "scale")),
+    "votes": ("RerouteVotes", 2, ("num_heads", "num_kv_heads", "scale", "largest")),
     "gather": ("RerouteGather", 2, ()),
     "scatter": ("RerouteScatter", 3, ()),
     "rms_norm": ("RerouteRMSNorm", 2, ("eps",)),

@@ -1,6 +1,6 @@
 """The ops a routed decoder is made of, as torch custom ops: a plain reference and a fake for tracing.
 
-Seven ops, one name in every place (torch, ONNX, TensorRT): the four of routing, and three that every backend has its
+Eight ops, one name in every place (torch, ONNX, TensorRT): the five of routing, and three that every backend has its
 own fast form of. Row layout throughout: heads stay packed in the last dimension, so that rows can be gathered by slot.
 
 Letters: B batch, S rows of the step, A rows that run, N candidates, T text rows, C cache capacity, H query heads,
@@ -10,6 +10,7 @@ G key/value heads, d head size, E any row width.
 |---|---|---|
 | select | q_last [B, H*d], keys [B, S, G*d], candidates i64 [B, N], always i64 [B, T] | i64 [B, T + min(keep, N)] |
 | select_pools | as select, then pools i64 [B, N], all_pools i64 [B, M] | i64 [B, T + rows kept of all pools] |
+| votes | q [B, R, H*d] of the last R rows, keys [B, S, G*d] | [B, S, 1] |
 | gather | x [B, S, E], slots i64 [B, A] | [B, A, E] |
 | scatter | full [B, S, E], slots i64 [B, A], rows [B, A, E] | [B, S, E] |
 | rms_norm | x [..., E], weight [E] | [..., E] |
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 Triple = tuple[Tensor, Tensor, Tensor]
+SMALLEST = 1e-37  # of a score whose logarithm is taken
 
 
 @custom_op("reroute::select", mutates_args=())
@@ -102,6 +104,39 @@ def last_row_scores(q_last: Tensor, keys: Tensor, num_heads: int, num_kv_heads: 
     k = keys.float().view(batch, rows, num_kv_heads, -1)
     probabilities = torch.softmax(torch.einsum("bghd,brgd->bghr", q, k) * scale, dim=-1)
     return probabilities.mean(dim=(1, 2))
+
+
+@custom_op("reroute::votes", mutates_args=())
+def votes(q: Tensor, keys: Tensor, num_heads: int, num_kv_heads: int, scale: float, largest: int) -> Tensor:
+    """Logarithm of each row's score, where that is not the last row's mean over heads: [B, S, 1].
+
+    The score is the attention probability that the last R rows give a row (each sees what is up to its own place), mean
+    over these rows, then the largest over heads, or their mean where `largest` is 0. As keys of `select`, with one head
+    and a query of 1, it ranks by the score itself: a softmax takes the logarithm back.
+
+    Args:
+        q: queries of the last R rows; where there are only S < R rows, the first R - S of them count nothing.
+        keys: see `select`.
+        num_heads: query heads.
+        num_kv_heads: key/value heads.
+        scale: of the scores.
+        largest: 1 for the largest over heads, 0 for the mean.
+    """
+    batch, rows, _ = q.shape
+    total = keys.shape[1]
+    own = torch.arange(rows, device=q.device) + (total - rows)
+    seen = torch.arange(total, device=q.device) <= own.clamp(min=0)[:, None]
+    wide = q.float().view(batch, rows, num_kv_heads, num_heads // num_kv_heads, -1)
+    logits = torch.einsum("brghd,bsgd->bghrs", wide, keys.float().view(batch, total, num_kv_heads, -1)) * scale
+    probabilities = torch.softmax(logits.masked_fill(~seen, -torch.inf), dim=-1)
+    by_head = probabilities[:, :, :, own >= 0].mean(dim=3)
+    scores = by_head.amax(dim=(1, 2)) if largest else by_head.mean(dim=(1, 2))
+    return scores.clamp(min=SMALLEST).log().to(keys.dtype).unsqueeze(-1)
+
+
+@votes.register_fake
+def _(q, keys, num_heads, num_kv_heads, scale, largest):
+    return keys.new_empty((*keys.shape[:2], 1))
 
 
 @select.register_fake

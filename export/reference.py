@@ -181,6 +181,13 @@ def run_grids(
     counts = [rows * columns for rows, columns in grids]
     text_ids, text, image = place_image(ids, image_token, counts)
     offsets, span = mrope_offsets(ids, image_token, grids)
+    if any(visual.places is not None for visual in visuals):
+        # As in `run_prompt`: rows that are left keep their positions.
+        parts = zip(image.split(counts), visuals, strict=True)
+        image = torch.cat([slots if one.places is None else slots[one.places[0]] for slots, one in parts])
+        left = torch.cat([text, image]).sort().values
+        offsets, counts = offsets[left], [visual.embeds.shape[1] for visual in visuals]
+        text, image = torch.searchsorted(left, text), torch.searchsorted(left, image)
     size = run.text.hidden_size
     # An empty tensor in front, so that a prompt of text alone needs no other path.
     embeds = torch.cat([torch.zeros(1, 0, size), *(visual.embeds for visual in visuals)], dim=1)

@@ -27,7 +27,8 @@ class VisualTokens:
 
     Attributes:
         embeds: float [M, N, D], in the manifest's dtype; images of several grids behind each other as [1, N of all, D].
-        places: int64 [M, N], ascending places on the grid, row-major; None when no token was dropped.
+        places: int64 [M, N] or [1, N of all], ascending places on the grid of each image, row-major; None when no token
+            was dropped.
         grids: (rows, columns) of each image; None where all images of the model have the same.
         deepstack: float [E, M, N, D], what is added to the tokens after the first decoder layers, or None.
     """
@@ -58,10 +59,10 @@ def join(parts: Sequence[VisualTokens]) -> VisualTokens:
         return array if alike else array.reshape(*array.shape[:-3], 1, -1, array.shape[-1])
 
     stacks = [flat(part.deepstack) for part in parts if part.deepstack is not None]
-    places = [part.places for part in parts if part.places is not None]
+    places = [part.places if alike else part.places.reshape(1, -1) for part in parts if part.places is not None]
     return VisualTokens(
         embeds=np.concatenate([flat(part.embeds) for part in parts], axis=0 if alike else 1),
-        places=np.concatenate(places) if places else None,
+        places=np.concatenate(places, axis=0 if alike else 1) if places else None,
         grids=None if alike else tuple(grid for part in parts for grid in part.grids or ()),
         deepstack=np.concatenate(stacks, axis=1 if alike else 2) if stacks else None,
     )
@@ -111,7 +112,11 @@ class Positions:
             tables = [self.rotary.rows(int(length), count) for length in lengths]
             cos, sin = np.stack([table[0] for table in tables]), np.stack([table[1] for table in tables])
         elif self._mrope is not None:
-            at = int(lengths[0]) + shift + self.offsets_3d(layout, self.grids(visual))[:, self._mrope.axes]
+            at = (
+                int(lengths[0])
+                + shift
+                + self.offsets_3d(layout, self.grids(visual), visual.places)[:, self._mrope.axes]
+            )
             frequency = np.arange(at.shape[1])
             cos, sin = self.rotary.cos[at, frequency], self.rotary.sin[at, frequency]
         else:
@@ -130,7 +135,7 @@ class Positions:
         if visual is None:
             return 0
         if self._mrope is not None:
-            return sum(max(rows, columns) - rows * columns for rows, columns in self.grids(visual))
+            return sum(max(rows, columns) - self._entering(rows, columns) for rows, columns in self.grids(visual))
         return visual.num_images * self._dropped
 
     def grids(self, visual: VisualTokens) -> tuple[Grid, ...]:
@@ -147,24 +152,39 @@ class Positions:
             at[slots] = slots[0] + image * self._dropped + kept
         return at
 
-    def offsets_3d(self, layout: Layout, grids: Sequence[Grid]) -> np.ndarray:
-        """Time, row and column of a step's slots from its first on, int64 [S, 3]."""
+    def offsets_3d(self, layout: Layout, grids: Sequence[Grid], places: np.ndarray | None = None) -> np.ndarray:
+        """Time, row and column of a step's slots from its first on, int64 [S, 3]: a token has those of its place."""
         at = np.repeat(np.arange(layout.num_text + layout.num_visual, dtype=np.int64)[:, None], 3, axis=1)
         done = 0
-        for rows, columns in grids:
-            slots = layout.visual_slots[done : done + rows * columns]
-            done += rows * columns
+        for (rows, columns), kept in zip(grids, self._places(grids, places), strict=True):
+            count = len(kept)
+            slots = layout.visual_slots[done : done + count]
+            done += count
             start = at[slots[0], 0]
-            at[slots[-1] + 1 :] += max(rows, columns) - rows * columns
+            at[slots[-1] + 1 :] += max(rows, columns) - count
             at[slots, 0] = start
-            at[slots, 1] = start + np.arange(rows * columns) // columns
-            at[slots, 2] = start + np.arange(rows * columns) % columns
+            at[slots, 1] = start + kept // columns
+            at[slots, 2] = start + kept % columns
         return at
+
+    def _entering(self, rows: int, columns: int) -> int:
+        return self._schedule.entering(rows * columns)
+
+    def _places(self, grids: Sequence[Grid], places: np.ndarray | None) -> list[np.ndarray]:
+        """Places on its grid of the tokens of each image that entered, int64 [N] each."""
+        if places is None:
+            return [np.arange(rows * columns) for rows, columns in grids]
+        counts = [self._entering(rows, columns) for rows, columns in grids]
+        return np.split(places.ravel(), np.cumsum(counts)[:-1])
 
     def tokens(self, visual: VisualTokens) -> np.ndarray:
         """Which of the tower's tokens entered, int64 [M * N]: places that count on from image to image."""
         images, count = visual.embeds.shape[:2]
         if visual.grids is not None:
-            return np.arange(images * count)
+            sizes = np.asarray([rows * columns for rows, columns in visual.grids])
+            starts = np.cumsum(sizes) - sizes
+            return np.concatenate(
+                [start + own for start, own in zip(starts, self._places(visual.grids, visual.places), strict=True)]
+            )
         own = np.arange(count) if visual.places is None else visual.places
         return (np.arange(images)[:, None] * self._tower + own).ravel()

@@ -51,8 +51,11 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_config(kind: Kind, *, tied: bool = False, layers: int = LAYERS) -> Any:
-    """A small config with odd numbers: grouped queries, a window of 2 x 2 tokens, two deepstack layers."""
+def make_config(kind: Kind, *, tied: bool = False, layers: int = LAYERS, full: tuple[int, ...] = (1,)) -> Any:
+    """A small config with odd numbers: grouped queries, a window of 2 x 2 tokens, two deepstack layers.
+
+    `full` are the layers of Qwen2.5-VL's tower without windows; those of the public checkpoints end with the last.
+    """
     import transformers
 
     text: dict[str, Any] = {
@@ -91,7 +94,7 @@ def make_config(kind: Kind, *, tied: bool = False, layers: int = LAYERS) -> Any:
             "intermediate_size": 44,
             "out_hidden_size": 64,
             "window_size": 2 * CELL,
-            "fullatt_block_indexes": [1],
+            "fullatt_block_indexes": list(full),
         }
     else:
         text |= {"head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
@@ -127,14 +130,20 @@ def model_class(kind: Kind) -> Any:
 
 
 def make_qwen(
-    folder: Path, kind: Kind = "qwen2_5_vl", *, tied: bool = False, seed: int = 0, layers: int = LAYERS
+    folder: Path,
+    kind: Kind = "qwen2_5_vl",
+    *,
+    tied: bool = False,
+    seed: int = 0,
+    layers: int = LAYERS,
+    full: tuple[int, ...] = (1,),
 ) -> Path:
     """Write a random checkpoint: config, weights, tokenizer, chat template, image processor."""
     import torch
     from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil  # noqa: F401
 
     torch.manual_seed(seed)
-    model = model_class(kind)(make_config(kind, tied=tied, layers=layers)).eval()
+    model = model_class(kind)(make_config(kind, tied=tied, layers=layers, full=full)).eval()
     # The default initialisation is so small that all rows score alike: spread the weights, or nothing is tested.
     with torch.no_grad():
         for name, parameter in model.named_parameters():

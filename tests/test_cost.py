@@ -369,3 +369,26 @@ def test_nuwa_by_hand():
     # q, k, v, out with biases; two MLP matrices with biases; two norms.
     assert extra_tower_parameters(TINY_VISION, schedule) == 4 * 30 + 5 * 7 + 7 + 7 * 5 + 5 + 4 * 5
     assert tiny_plan("removal@2:nuwa=6:keep=2:score=previous").average_visual_tokens == (2 * 6 + 2 * 2) / 4
+
+
+def test_nuwa_of_a_tower_with_mergers_by_hand():
+    """Scores of the last layer once more, the merger once more, similarity and sums of the kept; by grid."""
+    vision = dataclasses.replace(
+        TINY_VISION, grid=(3, 4), grids=((3, 4), (2, 2)), merge=2, mergers=1, tokens_per_image=12, num_layers=3,
+        class_token=False,
+    )  # fmt: skip
+    wide, size = 4 * 5, 6
+    for grid, tokens in (((3, 4), 12), ((2, 2), 4)):
+        plain, pruned = (vision_flops(vision, size, nuwa=kept, grid=grid) for kept in (None, 5))
+        merger = 2 * tokens * (wide * wide + wide * size)
+        assert pruned - plain == 2 * (4 * tokens) ** 2 * 5 + merger + 4 * min(5, tokens) * tokens * size
+    model = model_of(dataclasses.replace(TINY, num_layers=4), vision)
+    schedule = resolve(RoutingSpec.parse("removal@2:nuwa=.5:keep=.25:rows=3"), model)
+    plan = plan_for(model, schedule, Capacity(), num_text=3)
+    assert [(one.grid, one.num_visual, one.budgets) for one in plan.grids] == [((3, 4), 12, (3,)), ((2, 2), 4, (1,))]
+    assert [one.average_visual_tokens for one in plan.grids] == [(2 * 6 + 2 * 3) / 4, (2 * 2 + 2 * 1) / 4]
+    assert plan.grids[1].vision_flops == vision_flops(vision, size, nuwa=2, grid=(2, 2))
+    # Three queries instead of one: projections, and scores of all 9 rows.
+    single = plan_for(model, dataclasses.replace(schedule, rows=1), Capacity(), num_text=3)
+    query = 2 * 6 * 4 * 3 + 2 * 9 * 4 * 3
+    assert plan.stages[1].scoring_flops - single.stages[1].scoring_flops == 2 * query

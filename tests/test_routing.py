@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -89,9 +90,53 @@ def test_published_schedules_have_their_published_averages(name: str):
 
 
 def test_every_published_name_is_covered():
-    assert set(PUBLISHED) == set(AVERAGES) | {
+    nuwa = {f"qwen25/keep{percent}/nuwa" for percent in (25, 50, 75)}
+    assert set(PUBLISHED) == nuwa | set(AVERAGES) | {
         f"qwen25/avg{tier}/{method}" for tier in (64, 128, 192) for method in QWEN_LAYERS
     }
+
+
+@pytest.mark.parametrize(("percent", "shares"), [(25, (0.35, 0.42)), (50, (0.6, 0.66)), (75, (0.85, 0.7))])
+def test_nuwas_schedules_for_qwen_count_as_its_code(percent: int, shares: tuple[float, float]):
+    """ceil(N s1) leave the tower and max(1, int(that s2)) stay behind layer 14, for every size of image."""
+    spec = RoutingSpec.parse(f"published:qwen25/keep{percent}/nuwa")
+    schedule = spec.resolve(num_layers=28, num_visual=576, sizes_vary=True)
+    assert (schedule.action, schedule.decision_layers, schedule.scoring_layers) == ("removal", (15,), (14,))
+    assert (schedule.rows, schedule.heads) == (3, "max")
+    first, second = (Fraction(str(share)) for share in shares)
+    for tokens in (576, 540, 144, 100, 7, 1):
+        entering = math.ceil(tokens * first)
+        assert schedule.entering(tokens) == entering
+        assert schedule.visual_rows([entering]) == (entering, max(1, int(entering * second)))
+    assert (schedule.nuwa, *schedule.budgets) == schedule.visual_rows([schedule.entering(576)])
+
+
+def test_shares_of_a_method_follow_the_size_of_an_image():
+    schedule = RoutingSpec.parse("reroute-nuwa:avg=1/4").resolve(num_layers=28, num_visual=576, sizes_vary=True)
+    fixed = RoutingSpec.parse("reroute-nuwa:avg=1/4").resolve(num_layers=28, num_visual=576)
+    assert (schedule.nuwa, schedule.budgets) == (fixed.nuwa, fixed.budgets)
+    assert schedule.nuwa == 7 * schedule.budgets[0]
+    for tokens in (576, 300, 144):
+        assert schedule.average_visual_tokens(tokens) == pytest.approx(tokens / 4, rel=0.05)
+    tokens = RoutingSpec.parse("nuwa:avg=64").resolve(num_layers=28, num_visual=576, sizes_vary=True)
+    assert tokens.nuwa_share is None
+    assert tokens.entering(50) == 50
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("removal@3:nuwa=100:keep=.1", "lets a number of tokens leave the tower and keeps a share"),
+        ("removal@3:nuwa=.2:keep=.3", "the budget at layer 3 is 172 tokens, but there are 116"),
+        ("removal@3:keep=.3:rows=0", "0 rows cannot score"),
+        ("removal@3:keep=.3:rows=17", "17 rows cannot score"),
+        ("removal@3:keep=.3:rows=two", "'two' in .* is not a number of rows"),
+        ("removal@3:keep=.3:heads=most", "unknown heads 'most'"),
+    ],
+)
+def test_what_cannot_be_scored_or_shared_is_refused(spec: str, message: str):
+    with pytest.raises(UserError, match=message):
+        RoutingSpec.parse(spec).resolve(num_layers=28, num_visual=576, sizes_vary=True)
 
 
 @pytest.mark.parametrize("method", QWEN_LAYERS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig
 from transformers.activations import ACT2FN
 
-from reroute.export import llama
+from reroute.export import llama, nuwa_grid
 from reroute.export.checkpoint import Checkpoint
 from reroute.export.decoder import Linear, RoutedDecoder
 from reroute.export.models import qwen_vl
@@ -92,8 +92,7 @@ def build_decoder(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> R
 
 
 def build_vision(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> nn.Module:
-    """The tower for the model's grids, with its weights."""
-    qwen_vl.refuse_nuwa(schedule)
+    """The tower for the model's grids, with its weights; with Nüwa's first stage where the schedule has it."""
     with torch.device("meta"):
         built = tower(parse_config(checkpoint), model.vision)
-    return qwen_vl.load_tower(checkpoint, built)
+    return nuwa_grid.with_first_stage(qwen_vl.load_tower(checkpoint, built), schedule)

@@ -177,9 +177,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: Groups) -> Tensor:
         """[M, P, C] to the same; cos and sin [P, d/2]."""
-        slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = (ops.rotary(part.contiguous(), cos, sin, slots, self.heads) for part in (q, k))
+        q, k, v = self.project(x, cos, sin)
         outputs, start = [], 0
         for count, length in groups:
             stop = start + count * length
@@ -191,6 +189,13 @@ class Attention(nn.Module):
             outputs.append(mixed.transpose(1, 2).reshape(-1, count * length, x.shape[2]))
             start = stop
         return self.proj(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0])
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both rotated) and values [M, P, C]."""
+        slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = (ops.rotary(part.contiguous(), cos, sin, slots, self.heads) for part in (q, k))
+        return q, k, v
 
 
 class Block(nn.Module):
@@ -258,6 +263,8 @@ class GridTower(nn.Module):
         self.vision, self.theta, self.full = vision, theta, frozenset(full)
         self.cell = vision.patch_size * vision.merge
         self.patch_embed, self.blocks, self.merger = embed, nn.ModuleList(blocks), merger
+        # A list here is given the rows [M, P, C] behind each layer, in the order they run in.
+        self.states: list[Tensor] | None = None
         for grid in vision.all_grids:
             self.prepare(grid)
 
@@ -312,6 +319,8 @@ class GridTower(nn.Module):
             whole = not self.vision.window or index in self.full
             x = block(x, cos, sin, everything if whole else grouped)
             self.collect(x, index)
+            if self.states is not None:
+                self.states.append(x)
         tokens = self.merger(x)
         return tokens[:, self.table("back", grid)] if self.vision.window else tokens
 
@@ -356,7 +365,7 @@ def linear_weights(tower: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in tower.named_modules() if isinstance(module, Linear)}
 
 
-def load_tower(checkpoint: Checkpoint, tower: GridTower) -> nn.Module:
+def load_tower(checkpoint: Checkpoint, tower: GridTower) -> GridTower:
     """Give a tower its fp32 weights."""
     linear, state = linear_weights(tower), {}
     for name in tower.state_dict():
@@ -366,12 +375,3 @@ def load_tower(checkpoint: Checkpoint, tower: GridTower) -> nn.Module:
         state[name] = tensor.T.contiguous() if name in linear else tensor
     tower.load_state_dict(state, assign=True)
     return tower.eval().requires_grad_(False)
-
-
-def refuse_nuwa(schedule: Schedule) -> None:
-    """Raise UserError for a schedule that prunes in the tower."""
-    if schedule.nuwa is not None:
-        raise UserError(
-            "Nüwa cannot prune this tower: its salience is the attention of a class token, which this tower has not",
-            hint="leave nuwa= away, or use another method",
-        )

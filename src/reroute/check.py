@@ -268,8 +268,8 @@ def compare(manifest: Manifest, expected: Arrays, measured: Arrays) -> list[Chec
         others = [f"{high}x{wide}.{name}" for name in floats]
         if others[0] in expected:
             rows.append(_close("vision", f"features of {high} x {wide}", others, expected, measured, vision))
-    if manifest.schedule.nuwa is not None:
-        rows.append(_places(expected["visual_places"], measured["visual_places"]))
+    for name in sorted(name for name in expected if name.endswith("visual_places")):
+        rows.append(_places(name, expected[name], measured[name]))
     if gates.slots < 1.0:
         rows += _shares(manifest, expected, measured, gates)
     else:
@@ -374,12 +374,13 @@ def _close(
     )
 
 
-def _places(want: np.ndarray, got: np.ndarray) -> CheckRow:
-    """The tokens that the vision graph lets through must be identical."""
+def _places(name: str, want: np.ndarray, got: np.ndarray) -> CheckRow:
+    """The tokens that a vision graph lets through must be identical; `name` begins with the grid of other graphs."""
+    grid = name.removesuffix("visual_places").rstrip(".")
     equal = int(np.isin(got, want).sum())
     return CheckRow(
         part="vision",
-        quantity="places",
+        quantity=f"places of {grid.replace('x', ' x ')}" if grid else "places",
         measured=f"{equal} of {want.size} equal",
         gate="identical",
         passed=np.array_equal(want, got),

@@ -324,7 +324,9 @@ def add_question_set(
     data.add_argument("--data", type=Path, metavar="PATH", help="annotations: a file or a folder")
     data.add_argument("--images", type=Path, metavar="DIR", help="default: where the annotations say")
     data.add_argument("--dataset-split", metavar="NAME", help="default: the first that the dataset has")
-    data.add_argument("--protocol", help="lmms-eval (default) or llava: how questions are asked and graded")
+    data.add_argument(
+        "--protocol", help="lmms-eval (default), llava, or qwen (Qwen-VL's default): how they are asked and graded"
+    )
     data.add_argument("--limit", type=positive, metavar="N", help="ask the first N questions only")
 
 

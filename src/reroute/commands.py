@@ -114,7 +114,7 @@ def _evaluation(args: argparse.Namespace) -> Evaluate:
         for name, value in (("grounding", 200), ("vqa", 200), ("split", "validation")):
             if getattr(args, name) is None:
                 setattr(args, name, value)
-    questions = question_set(args)
+    questions = question_set(args, Manifest.load(args.export_dir).model.boxes)
 
     def compare(base: Path, bundle: Path) -> Compared:
         first, second = (partial(Session.open, path, verify=False) for path in (base, bundle))

@@ -7,9 +7,9 @@ Conventions, so that the numbers can be checked by hand:
   pair costs 4 * head_dim FLOPs a head (2 for the score, 2 for the weighted value). The vision tower's
   attention is full.
 * A decision's overhead is what its scoring layer would not do anyway: the K projection of the candidates that do
-  not run there, the query of the last row, and that query's scores against every candidate. Candidates are all S
-  rows for reroute, and the rows still alive for removal. The scoring layer is the decision layer itself, or the one
-  before it (`Schedule.scoring`).
+  not run there, the query of the last row (of the last `Schedule.rows`), and that query's scores against every
+  candidate. Candidates are all S rows for reroute, and the rows still alive for removal. The scoring layer is the
+  decision layer itself, or the one before it (`Schedule.scoring`).
 * `lm_head` runs on the last row only, for the routed and for the dense model alike.
 * The vision tower is counted in `reroute.tower_cost`.
 * The prompt is one step with `num_visual` visual tokens out of the tower; every budget acts as a minimum.
@@ -216,7 +216,10 @@ def plan_for(
         average_visual_tokens=_average(schedule, visual_rows),
         stages=stages,
         lm_head_flops=lm_head,
-        vision_flops=images * vision_flops(vision, text.hidden_size, schedule.nuwa, shape),
+        vision_flops=images
+        * vision_flops(
+            vision, text.hidden_size, None if schedule.nuwa is None else schedule.entering(per_image), shape
+        ),
         dense_decoder_flops=layers * (linear_flops(text, total) + attention_flops(text, total)) + lm_head,
         kv_bytes=sum(stage.kv_bytes for stage in stages),
         dense_kv_bytes=layers * total * row_bytes,
@@ -283,11 +286,13 @@ def attention_flops(text: TextModel, rows: int) -> int:
     return 2 * text.num_heads * text.head_dim * rows * (rows + 1)
 
 
-def scoring_flops(text: TextModel, candidates: int, rows: int) -> int:
-    """Overhead of one decision that ranks `candidates` rows of which `rows` run in the scoring layer."""
+def scoring_flops(text: TextModel, candidates: int, rows: int, queries: int = 1) -> int:
+    """Overhead of one decision that ranks `candidates` rows of which `rows` run in the scoring layer by the attention
+    of `queries` rows.
+    """
     keys = 2 * (candidates - rows) * text.hidden_size * text.num_kv_heads * text.head_dim
     query = 2 * text.hidden_size * text.num_heads * text.head_dim
-    return keys + query + 2 * candidates * text.num_heads * text.head_dim
+    return keys + queries * (query + 2 * candidates * text.num_heads * text.head_dim)
 
 
 def stored_parameters(model: Model, schedule: Schedule) -> int:
@@ -327,7 +332,7 @@ def _stage_plans(
     for stage, visual, capacity in zip(schedule.stages, visual_rows, cache_rows, strict=True):
         rows = num_text + visual
         scored = rows if schedule.scoring == "own" else before
-        plans.append(_stage_plan(text, stage, rows, alive, scored, row_bytes, capacity))
+        plans.append(_stage_plan(text, stage, rows, alive, scored, row_bytes, capacity, schedule.rows))
         before = rows
         if schedule.action == "removal":
             alive = rows
@@ -341,9 +346,9 @@ def _average(schedule: Schedule, visual_rows: tuple[int, ...]) -> float:
 
 
 def _stage_plan(
-    text: TextModel, stage: Stage, rows: int, alive: int, scored: int, row_bytes: int, capacity: int
+    text: TextModel, stage: Stage, rows: int, alive: int, scored: int, row_bytes: int, capacity: int, queries: int
 ) -> StagePlan:
-    """`scored` rows run in the layer that scores the stage's decision."""
+    """`scored` rows run in the layer that scores the stage's decision, by the attention of `queries` rows."""
     decides = stage.keep is not None
     return StagePlan(
         start=stage.start,
@@ -354,6 +359,6 @@ def _stage_plan(
         cache_rows=capacity,
         linear_flops=stage.num_layers * linear_flops(text, rows),
         attention_flops=stage.num_layers * attention_flops(text, rows),
-        scoring_flops=scoring_flops(text, alive, scored) if decides else 0,
+        scoring_flops=scoring_flops(text, alive, scored, queries) if decides else 0,
         kv_bytes=stage.num_layers * rows * row_bytes,
     )

@@ -63,6 +63,11 @@ def _published() -> dict[str, str]:
             }
     for tier, (first, second) in nuwa.items():
         specs[f"llava15/avg{tier}/nuwa"] = f"removal@16:nuwa={first}:keep={second}:score=previous"
+    # Nüwa's code for Qwen2.5-VL: 35 % leave the tower and 42 % of those stay behind layer 14, which are shares of the
+    # image's tokens here. The names are the code's own, keep_ratio in percent.
+    for percent, (first, second) in {25: (".35", ".147"), 50: (".6", ".396"), 75: (".85", ".595")}.items():
+        scored = "score=previous:rows=3:heads=max"
+        specs[f"qwen25/keep{percent}/nuwa"] = f"removal@15:nuwa={first}:keep={second}:{scored}"
     # The defaults of the methods' own code for LLaVA-1.5-7B.
     for percent, keep in (("50", ".5"), ("75", ".25")):
         specs[f"llava15/authors/fastv-r{percent}"] = f"removal@3:keep={keep}:score=previous"

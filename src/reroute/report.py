@@ -82,9 +82,16 @@ def describe(schedule: Schedule) -> str:
         return "none: every token runs in every layer"
     lost = {"reroute": "the others wait and compete again", "removal": "the others are gone for good"}
     scored = {"own": "the decision layer", "previous": "the layer before"}
-    words = [f"scored by {scored[schedule.scoring]}", lost[schedule.action], f"{schedule.positions} positions"]
+    by = scored[schedule.scoring]
+    if not schedule.plain_scores:
+        heads = {"mean": "mean", "max": "largest"}[schedule.heads]
+        by += f" (last {schedule.rows} rows, {heads} of all heads)"
+    words = [f"scored by {by}", lost[schedule.action], f"{schedule.positions} positions"]
     if schedule.nuwa is not None:
-        words.insert(0, f"{schedule.nuwa} tokens leave the vision tower (Nüwa)")
+        some = str(schedule.nuwa)
+        if schedule.nuwa_share is not None:
+            some = f"{100 * schedule.nuwa_share[0] / schedule.nuwa_share[1]:.3g} % of the"
+        words.insert(0, f"{some} tokens leave the vision tower (Nüwa)")
     return ", ".join(words)
 
 

@@ -11,6 +11,8 @@
     removal@8,16,24:keep=.5,.25,.125:positions=renumbered   positions counted anew (PyramidDrop's code)
     removal@16:nuwa=112:keep=16:score=previous      Nüwa: 112 tokens leave the vision tower, 16 the decision
     reroute@2,7,15,23:avg=1/9:pool=image            several images in a prompt: a budget for each; `all`: one for all
+    removal@15:nuwa=.35:keep=.147:score=previous:rows=3:heads=max    Nüwa's form for Qwen2.5-VL: scored by the attention
+                                                    of the last 3 rows (their mean), the largest of all heads
     reroute-pdrop:avg=1/9                           a method by name, its layers scaled to the model's depth
     published:llava15/avg64/reroute-pdrop           the ratios printed in the paper, under the paper's name
 
@@ -20,7 +22,9 @@ published schedules are in `reroute.published`, the shapes in `reroute.solver`.
 FLOPs and KV bytes are those of the plan: one image and 64 text tokens (see `reroute.cost`).
 
 Where a model's images differ in size, budgets in tokens are the same for all of them and act as min(K, N); shares, also
-those of a target, are of the visual tokens that a prompt has. Budgets are solved for the largest image.
+those of a target, are of the visual tokens that the tower makes for a prompt. Budgets are solved for the largest image.
+So `nuwa=.35:keep=.147` means: 35 % leave the tower, rounded up, and of those that entered 42 % are kept, rounded down,
+which is how Nüwa's code counts.
 """
 
 from __future__ import annotations
@@ -36,14 +40,15 @@ from typing import Any, Literal, get_args
 
 from reroute.errors import UserError, nearest
 from reroute.published import METHODS, PUBLISHED
-from reroute.schedule import Action, Pool, Positions, Schedule, Scoring, Stage
+from reroute.schedule import Action, Heads, Pool, Positions, Schedule, Scoring, Stage
 from reroute.solver import NUWA_RATIO, Shape, solve
 
 Target = Literal["avg", "flops", "kv"]
 # (cost of a schedule, cost of the dense decoder) in the unit of a target; see `reroute.cost.measure`.
 Measure = Callable[[Target, Schedule], tuple[int, int]]
 
-_KEYS = ("keep", *get_args(Target), "shape", "score", "positions", "nuwa", "pool")
+_KEYS = ("keep", *get_args(Target), "shape", "score", "positions", "nuwa", "pool", "rows", "heads")
+MAX_ROWS = 16  # a prompt's template alone ends with some five rows of text
 _GRAMMAR = "ACTION@LAYERS:keep=K,K,... or ACTION@LAYERS:avg=A[:shape=S], for example reroute@2,7,15,23:avg=1/9"
 _UNITS: dict[str, dict[str, int]] = {
     "flops": {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
@@ -70,6 +75,8 @@ class RoutingSpec:
         positions: see `Schedule.positions`.
         nuwa: tokens that leave the vision tower, "auto" for 7 times the first budget, None for all.
         pool: see `Schedule.pool`.
+        rows: see `Schedule.rows`.
+        heads: see `Schedule.heads`.
         method: name in `METHODS` whose layers to scale, or empty.
     """
 
@@ -84,6 +91,8 @@ class RoutingSpec:
     positions: Positions = "original"
     nuwa: int | Fraction | Literal["auto"] | None = None
     pool: Pool = "all"
+    rows: int = 1
+    heads: Heads = "mean"
     method: str = ""
 
     @classmethod
@@ -179,15 +188,44 @@ class RoutingSpec:
                 )
             lead = _tokens(self.nuwa, num_visual) if isinstance(self.nuwa, (int, Fraction)) else None
             budgets = [_tokens(keep, num_visual) for keep in self.keep]
-        self._validate(layers, budgets, lead, num_visual)
-        shares = self._shares(budgets, num_visual) if sizes_vary else None
-        return self._schedule(layers, budgets, num_layers, lead, shares)
+        if not sizes_vary:
+            self._validate(layers, budgets, lead, num_visual)
+            return self._schedule(layers, budgets, num_layers, lead)
+        return self._follow_sizes(self._schedule(layers, budgets, num_layers, lead), num_visual)
 
-    def _shares(self, budgets: list[int], num_visual: int) -> list[tuple[int, int] | None]:
-        """The budgets that were given as shares, or solved for one, as shares; None for those in tokens."""
-        if self.target is not None:
-            return [(k, num_visual) if isinstance(self.amount, Fraction) else None for k in budgets]
-        return [(k.numerator, k.denominator) if isinstance(k, Fraction) else None for k in self.keep]
+    def _follow_sizes(self, schedule: Schedule, num_visual: int) -> Schedule:
+        """The schedule with every budget that was given as a share, or solved for one, as a share of its candidates."""
+        asked = isinstance(self.amount, Fraction)
+        lead: Fraction | None = None
+        if isinstance(self.nuwa, Fraction):
+            lead = self.nuwa
+        elif self.nuwa == "auto" and asked and schedule.nuwa is not None:
+            lead = Fraction(schedule.nuwa, num_visual)
+        if self.target is None:
+            keeps = [(k.numerator, k.denominator) if isinstance(k, Fraction) else None for k in self.keep]
+        else:
+            keeps = [(k, num_visual) if asked else None for k in schedule.budgets]
+        if schedule.nuwa is not None and lead is None and any(keeps):
+            raise UserError(
+                f"{self.text!r} lets a number of tokens leave the tower and keeps a share of them, but images differ "
+                "in size",
+                hint="give both in tokens, or both as shares, such as nuwa=.35:keep=.147",
+            )
+        if lead is not None:
+            schedule = replace(schedule, nuwa_share=(lead.numerator, lead.denominator))
+            schedule = replace(schedule, nuwa=schedule.entering(num_visual))
+        entering = schedule.entering(num_visual)
+        stages = [schedule.stages[0]]
+        for stage, keep in zip(schedule.stages[1:], keeps, strict=True):
+            if keep is not None and lead is not None:
+                keep = (Fraction(*keep) / lead).as_integer_ratio()
+            if keep is not None and keep[0] <= keep[1]:  # a larger one is refused below, as for any model
+                stage = replace(stage, share=keep)
+                stage = replace(stage, keep=stage.visual_rows(entering))
+            stages.append(stage)
+        schedule = replace(schedule, stages=tuple(stages))
+        self._validate(schedule.decision_layers, list(schedule.budgets), schedule.nuwa, num_visual)
+        return schedule
 
     def _schedule(
         self,
@@ -195,15 +233,18 @@ class RoutingSpec:
         budgets: list[int],
         num_layers: int,
         lead: int | None,
-        shares: list[tuple[int, int] | None] | None = None,
     ) -> Schedule:
         edges, keeps = [0, *layers, num_layers], [None, *budgets]
-        stages = tuple(
-            Stage(start=a, stop=b, keep=k, share=share)
-            for a, b, k, share in zip(edges, edges[1:], keeps, [None, *(shares or [None] * len(budgets))], strict=False)
-        )
+        stages = tuple(Stage(start=a, stop=b, keep=k) for a, b, k in zip(edges, edges[1:], keeps, strict=False))
         return Schedule(
-            action=self.action, stages=stages, scoring=self.score, positions=self.positions, nuwa=lead, pool=self.pool
+            action=self.action,
+            stages=stages,
+            scoring=self.score,
+            positions=self.positions,
+            nuwa=lead,
+            pool=self.pool,
+            rows=self.rows,
+            heads=self.heads,
         )
 
     def _validate(self, layers: tuple[int, ...], budgets: list[int], lead: int | None, num_visual: int) -> None:
@@ -331,6 +372,7 @@ def _option(key: str, value: str, text: str) -> dict[str, Any]:
     """One field of a spec as arguments of `RoutingSpec`."""
     choices = {
         "shape": get_args(Shape), "score": get_args(Scoring), "positions": get_args(Positions), "pool": get_args(Pool),
+        "heads": get_args(Heads),
     }  # fmt: skip
     if key in choices:
         if value not in choices[key]:
@@ -340,14 +382,21 @@ def _option(key: str, value: str, text: str) -> dict[str, Any]:
         return {"keep": tuple(_amount(item, text) for item in value.split(","))}
     if key == "nuwa":
         return {"nuwa": value if value == "auto" else _amount(value, text)}
+    if key == "rows":
+        rows = _integer(value, text, "number of rows")
+        if not 1 <= rows <= MAX_ROWS:
+            raise UserError(
+                f"{rows} rows cannot score in {text!r}", hint=f"give 1 to {MAX_ROWS}: the last rows of a prompt"
+            )
+        return {"rows": rows}
     return {"target": key, "amount": _amount(value, text) if key == "avg" else _quantity(key, value, text)}
 
 
-def _integer(item: str, text: str) -> int:
+def _integer(item: str, text: str, what: str = "layer number") -> int:
     try:
         return int(item)
     except ValueError:
-        raise UserError(f"{item!r} in {text!r} is not a layer number", hint=f"the form is {_GRAMMAR}") from None
+        raise UserError(f"{item!r} in {text!r} is not a {what}", hint=f"the form is {_GRAMMAR}") from None
 
 
 def _amount(item: str, text: str) -> int | Fraction:

@@ -16,6 +16,8 @@ Action = Literal["dense", "removal", "reroute"]
 # own: the decision layer's own norm, query and keys (Reroute and PyramidDrop code); previous: the attention of the
 # layer before it (FastV code, arXiv 2403.06764).
 Scoring = Literal["own", "previous"]
+# What becomes of the attention of several heads: its mean, or its largest (Nüwa's Qwen2.5-VL code, arXiv 2602.02951).
+Heads = Literal["mean", "max"]
 # original: a row keeps its position for good; renumbered: after each removal the rows left are counted 0, 1, 2, ... and
 # decode goes on from there (PyramidDrop code, arXiv 2410.17247).
 Positions = Literal["original", "renumbered"]
@@ -32,7 +34,7 @@ class Stage:
     present, and empty when the first decision is at layer 0.
 
     Where images have several sizes, a budget that is a share follows their size: `share` (p, q) means
-    max(1, N p // q) of N visual tokens, and `keep` is what that is for the largest image.
+    max(1, N p // q) of the N visual tokens that enter the decoder, and `keep` is what that is for the largest image.
     """
 
     start: int
@@ -66,6 +68,10 @@ class Schedule:
         positions: which rotary positions rows have after a removal.
         nuwa: visual tokens of an image that leave the vision tower (stage 1 of Nüwa, arXiv 2602.02951); None: all.
         pool: which visual rows compete with which when a prompt has several images.
+        rows: a candidate's score is the mean of the attention that the last so many rows give it.
+        heads: what becomes of the scores of several heads.
+        nuwa_share: (p, q) where `nuwa` follows the size of an image: ceil(N p / q) of N visual tokens leave the tower,
+            and `nuwa` is what that is for the largest image.
     """
 
     action: Action
@@ -74,6 +80,9 @@ class Schedule:
     positions: Positions = "original"
     nuwa: int | None = None
     pool: Pool = "all"
+    rows: int = 1
+    heads: Heads = "mean"
+    nuwa_share: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for what, value, kind in (
@@ -81,6 +90,7 @@ class Schedule:
             ("scoring form", self.scoring, Scoring),
             ("kind of positions", self.positions, Positions),
             ("pool", self.pool, Pool),
+            ("way to join heads", self.heads, Heads),
         ):
             if value not in get_args(kind):
                 raise UserError(f"unknown {what} {value!r}", hint=nearest(value, get_args(kind)))
@@ -103,6 +113,10 @@ class Schedule:
             raise ValueError("a decision at layer 0 has no layer before it to take attention from")
         if self.nuwa is not None and (self.nuwa < 1 or self.action == "dense"):
             raise ValueError(f"{self.action} with {self.nuwa} visual tokens out of the vision tower")
+        if self.nuwa_share is not None and (self.nuwa is None or not 0 < self.nuwa_share[0] <= self.nuwa_share[1]):
+            raise ValueError(f"a share of the tower's tokens is more than 0 and at most 1: {self.nuwa_share}")
+        if self.rows < 1:
+            raise ValueError(f"the attention of {self.rows} rows ranks nothing")
 
     @property
     def num_layers(self) -> int:
@@ -130,6 +144,11 @@ class Schedule:
         return tuple(stage.share or (stage.keep, 0) for stage in self.stages[1:] if stage.keep is not None)
 
     @property
+    def plain_scores(self) -> bool:
+        """Whether candidates are ranked by the last row alone, mean over heads, as the select ops do."""
+        return self.rows == 1 and self.heads == "mean"
+
+    @property
     def fixed(self) -> bool:
         """Whether every budget is a number of tokens of one pool, whatever the images are."""
         return self.pool == "all" and all(stage.share is None for stage in self.stages)
@@ -145,7 +164,12 @@ class Schedule:
 
     def entering(self, tokens_per_image: int) -> int:
         """Visual tokens of one image that enter the decoder, of those that the tower makes."""
-        return tokens_per_image if self.nuwa is None else min(self.nuwa, tokens_per_image)
+        if self.nuwa is None:
+            return tokens_per_image
+        if self.nuwa_share is None:
+            return min(self.nuwa, tokens_per_image)
+        part, whole = self.nuwa_share
+        return -(-tokens_per_image * part // whole)
 
     def average_visual_tokens(self, tokens_per_image: int) -> float:
         """Visual rows per layer, averaged over all layers, for a prompt with one image."""

@@ -2,7 +2,8 @@
 
 A CLIP tower with its class token and LLaVA's two-layer projector, or a Qwen-VL tower with its mergers, whose windows
 are counted as they are cut at the edges of the grid. Attention is full, within a window where there are windows. Nüwa's
-first stage adds the layers behind the feature layer, the similarity of all patches and the aggregation.
+first stage adds the layers behind the feature layer, the similarity of all patches and the aggregation; for Qwen-VL the
+scores of the last layer once more, the merger once more, the similarity of the kept and the aggregation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def vision_flops(vision: VisionModel, decoder_size: int, nuwa: int | None = None
         layers += (vision.num_layers - vision.full_layers) * 4 * size * _window_pairs(vision, grid)
     if vision.mergers:
         wide = size * vision.merge**2
-        return embedding + layers + vision.mergers * 2 * tokens * (wide * wide + wide * decoder_size)
+        merger = 2 * tokens * (wide * wide + wide * decoder_size)
+        if nuwa is not None:
+            layers += 2 * rows * rows * size + merger + 4 * min(nuwa, tokens) * tokens * decoder_size
+        return embedding + layers + vision.mergers * merger
     kept = vision.tokens_per_image if nuwa is None else min(nuwa, vision.tokens_per_image)
     projector = 2 * kept * (size * decoder_size + decoder_size * decoder_size)
     if nuwa is None:

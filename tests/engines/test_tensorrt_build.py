@@ -198,6 +198,8 @@ def test_a_graph_that_would_not_parse_is_never_written(
         ("vision", {"grids": ((6, 6), (4, 9))}, "each grid"),
         ("text", {"deepstack": 3}, "deepstack"),
         ("schedule", {"pool": "image"}, "for each image"),
+        ("schedule", {"heads": "max"}, "scores of several rows, or the largest of all heads"),
+        ("schedule", {"rows": 3}, "scores of several rows, or the largest of all heads"),
     ],
 )
 def test_what_is_not_lowered_yet_is_refused_by_name(

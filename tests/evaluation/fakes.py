@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from reroute.boxes import iou
-from reroute.evaluation.questions import Grade, Question
+from reroute.evaluation.questions import Grade, Question, Writing
 from reroute.evaluation.records import Decision, Record
 from reroute.evaluation.runner import Run
 from reroute.manifest import File, Manifest
@@ -140,7 +140,7 @@ class FakeSet:
         self.opened.append(key)
         return Image.new("L", (32, 32), int(key))
 
-    def grade(self, question: Question, answer: str) -> Grade:
+    def grade(self, question: Question, answer: str, writing: Writing | None = None) -> Grade:
         if question.skill == "grounding" and question.box is not None:
             return Grade(score=1.0, iou=iou(question.box, WHOLE), box=WHOLE)
         return Grade(score=float(answer in question.answers))

@@ -48,10 +48,13 @@ def independent_forward(
     scoring: str = "own",
     renumbered: bool = False,
     positions: np.ndarray | None = None,
+    last_rows: int = 1,
+    largest_head: bool = False,
 ) -> Result:
     """Run the decoder layers on `h` [S, D]. `decisions` maps a layer to its budget. Weights are [out, in], HF names.
 
-    `positions` [S] are the rotary positions of the rows, by default 0, 1, 2, ...
+    `positions` [S] are the rotary positions of the rows, by default 0, 1, 2, ... The score is the mean over the last
+    `last_rows` rows of what competes, then over heads, or their largest.
     """
     h = h.astype(np.float64).copy()
     rows = np.arange(len(h))
@@ -71,7 +74,8 @@ def independent_forward(
             k = rope(split(x @ judge["self_attn.k_proj.weight"].T, kv_heads), at[pool], theta)
             probabilities = attention_probabilities(q, k, causal=True)  # [heads, P, P]
             score = np.full(len(h), -np.inf)
-            score[pool] = probabilities[:, -1].mean(axis=0)
+            by_head = probabilities[:, -last_rows:].mean(axis=1)
+            score[pool] = by_head.max(axis=0) if largest_head else by_head.mean(axis=0)
             result.scores[layer] = score
             visual = pool[is_visual[pool]]
             ranked = sorted(visual.tolist(), key=lambda slot, s=score: (-s[slot], slot))

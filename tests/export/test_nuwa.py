@@ -162,6 +162,9 @@ def test_the_tower_is_transformers_tower_with_the_independent_first_stage(tmp_pa
     [
         ("removal@3:nuwa=12:keep=4:score=previous", "previous", {3: 4}),
         ("reroute@2,4:nuwa=12:keep=5,3", "own", {2: 5, 4: 3}),
+        ("reroute@2,4:nuwa=12:keep=5,3:rows=3:heads=max", "own", {2: 5, 4: 3}),
+        ("removal@3,4:nuwa=12:keep=6,4:score=previous:rows=2", "previous", {3: 6, 4: 4}),
+        ("removal@2,4:nuwa=12:keep=6,4:heads=max", "own", {2: 6, 4: 4}),
     ],
 )
 def test_the_decoder_keeps_the_positions_of_the_unpruned_image(
@@ -201,6 +204,8 @@ def test_the_decoder_keeps_the_positions_of_the_unpruned_image(
         kv_heads=model.text.num_kv_heads,
         scoring=scoring,
         positions=positions,
+        last_rows=schedule.rows,
+        largest_head=schedule.heads == "max",
         **sizes,
     )
     for route, layer in zip(output.routes, decisions, strict=True):

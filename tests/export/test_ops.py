@@ -1,4 +1,4 @@
-"""The seven ops in their three forms: torch reference, ONNX local function of standard ops, schema."""
+"""The eight ops in their three forms: torch reference, ONNX local function of standard ops, schema."""
 
 from __future__ import annotations
 
@@ -93,6 +93,36 @@ def test_select_pools_is_the_same_in_torch_onnx_and_a_loop(case: str, batch: int
     attributes: dict[str, Any] = {"keep": keep, "whole": whole, "num_heads": 4, "num_kv_heads": 2, "scale": 0.3}
     (slots,) = run("RerouteSelectPools", tensors, attributes, [TensorProto.INT64])
     np.testing.assert_array_equal(slots, expected.numpy())
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+@pytest.mark.parametrize(("batch", "rows", "total"), [(1, 3, 40), (3, 1, 9), (2, 3, 3), (1, 3, 2), (1, 4, 1)])
+def test_votes_are_the_same_in_torch_onnx_and_a_loop(batch: int, rows: int, total: int, largest: int) -> None:
+    """Mean over the last rows, each of which sees what is before it; then the largest of all heads, or their mean."""
+    heads, groups, size, scale = 6, 2, 8, 0.3
+    generator = torch.Generator().manual_seed(total)
+    q = torch.randn(batch, rows, heads * size, generator=generator)
+    k = torch.randn(batch, total, groups * size, generator=generator)
+    expected = np.zeros((batch, total))
+    for item in range(batch):
+        by_head = np.zeros((heads, total))
+        present = [row for row in range(rows) if total - rows + row >= 0]
+        for head in range(heads):
+            keys = k[item].double().numpy().reshape(total, groups, size)[:, head // (heads // groups)]
+            for row in present:
+                own = total - rows + row
+                query = q[item, row].double().numpy().reshape(heads, size)[head]
+                weights = np.exp(keys[: own + 1] @ query * scale)
+                by_head[head, : own + 1] += weights / weights.sum() / len(present)
+        expected[item] = by_head.max(axis=0) if largest else by_head.mean(axis=0)
+    votes = ops.votes(q, k, heads, groups, scale, largest)
+    np.testing.assert_allclose(votes[:, :, 0].exp().numpy(), expected, rtol=1e-5, atol=1e-7)
+    attributes = {"num_heads": heads, "num_kv_heads": groups, "scale": scale, "largest": largest}
+    (made,) = run("RerouteVotes", [q, k], attributes, [TensorProto.FLOAT])
+    np.testing.assert_allclose(np.exp(made[:, :, 0]), expected, rtol=1e-5, atol=1e-7)
+    # With one head and a query of 1, a decision ranks by the scores themselves.
+    scores = ops.last_row_scores(torch.ones(batch, 1), votes, 1, 1, 1.0)
+    np.testing.assert_allclose(scores.numpy(), expected / expected.sum(1, keepdims=True), rtol=1e-5, atol=1e-7)
 
 
 def test_select_equals_a_loop_over_rows_and_heads() -> None:

@@ -321,6 +321,6 @@ def test_the_published_schedules_fit_28_layers() -> None:
     for name in PUBLISHED:
         if name.startswith("qwen25/"):
             schedule = RoutingSpec.parse(f"published:{name}").resolve(num_layers=28, num_visual=576, sizes_vary=True)
-            assert schedule.decision_layers in ((3,), (3, 6, 13, 20), (2, 6, 13, 20))
+            assert schedule.decision_layers in ((3,), (3, 6, 13, 20), (2, 6, 13, 20), (15,))
             assert all(stage.share is not None for stage in schedule.stages[1:])
     assert LAYERS < 28

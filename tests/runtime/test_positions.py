@@ -102,6 +102,23 @@ def test_an_image_stands_at_its_rows_and_columns() -> None:
     assert positions.tokens(visual).tolist() == list(range(12))
 
 
+def test_tokens_that_are_left_stand_at_their_places() -> None:
+    """Half of 2 x 3 and of 1 x 4 enter; the text behind an image stands where it would stand anyway."""
+    manifest = grid_manifest()
+    schedule = replace(manifest.schedule, nuwa=8, nuwa_share=(1, 2))
+    positions = Positions(replace(manifest, schedule=schedule))
+    ids = [9, fakes.IMAGE, 9, fakes.IMAGE, 9]
+    place = lay_out(ids, image_token="", image_token_id=fakes.IMAGE, num_images=2, tokens_per_image=[3, 2])
+    empty = np.zeros((1, 0, fakes.HIDDEN), np.float32)
+    kept = {(2, 3): [0, 4, 5], (1, 4): [1, 3]}
+    visual = join([VisualTokens(embeds=empty, places=np.asarray([p]), grids=(grid,)) for grid, p in kept.items()])
+    first, second = [[1, 1, 1], [1, 2, 2], [1, 2, 3]], [[5, 5, 6], [5, 5, 8]]
+    expected = [[0, 0, 0], *first, [4, 4, 4], *second, [9, 9, 9]]
+    assert positions.offsets_3d(place, positions.grids(visual), visual.places).tolist() == expected
+    assert positions.shift(visual) == (3 - 3) + (4 - 2)
+    assert positions.tokens(visual).tolist() == [0, 4, 5, 6 + 1, 6 + 3]
+
+
 def test_images_of_several_grids_are_joined_in_order() -> None:
     visual = images((2, 3), (4, 4), (3, 2), deepstack=2)
     assert visual.num_images == 3

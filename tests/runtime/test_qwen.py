@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -364,3 +365,16 @@ def test_tensorrt_refuses_by_name(make: Make, tmp_path: Path) -> None:
 def test_more_than_the_capacity_is_refused(make: Make) -> None:
     with Session.open(make("qwen2_5_vl", KEEP_ALL), threads=1) as session, pytest.raises(UserError, match="cache rows"):
         session.ask("where?", [WIDE] * 20)
+
+
+@pytest.mark.slow
+def test_an_evaluation_asks_in_qwens_words(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """`reroute eval` on generated scenes; a random model is never right, and its answers are read without an error."""
+    from reroute.cli import main
+
+    folder = make("qwen2_5_vl", ROUTED["qwen2_5_vl"])
+    assert main(["eval", str(folder), "--grounding", "2", "--vqa", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["questions"]["set"] == "scenes/heldout, seed 0, 3 to 7 objects (qwen)"
+    (row,) = found["bundles"]
+    assert [record["iou"] for record in row["records"]] == [0.0, 0.0, None]

@@ -24,6 +24,7 @@ from reroute.evaluation.runner import Run, run_bundles
 from reroute.evaluation.statistics import LEVEL, Bootstrap
 from reroute.evaluation.summary import summarise
 from reroute.folders import check_output, whole_folder
+from reroute.manifest import Boxes
 from reroute.runtime import Bundle, Session
 
 SCHEMA_VERSION = 1
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         check_output(args.output, force=args.force, written=written)
     bundles = open_bundles(args.bundles, args.tier)
-    questions = question_set(args)
+    questions = question_set(args, boxes_of(bundles))
     start = time.perf_counter()
     with report.progress(len(bundles) * len(questions), "answers") as advance:
         runs = run_bundles(
@@ -84,8 +85,23 @@ def open_bundles(paths: Sequence[Path], tier: str | None = None) -> list[Bundle]
     return [bundle.at(one.tier or None) for bundle in opened for one in bundle.manifest.all_tiers]
 
 
-def question_set(args: argparse.Namespace) -> QuestionSet:
-    """The set that --set names, with its options. Raises UserError, also for options of the other kind of set."""
+def boxes_of(bundles: Sequence[Bundle]) -> Boxes:
+    """How all bundles write boxes. Raises UserError where they differ: they would not be asked the same questions."""
+    written: dict[Boxes, Path] = {bundle.manifest.model.boxes: bundle.path for bundle in bundles}
+    if len(written) > 1:
+        (one, first), (other, second) = list(written.items())[:2]
+        raise UserError(
+            f"{first} writes boxes in {one}, {second} in {other}: they are not asked in the same words",
+            hint="evaluate them one after the other",
+        )
+    return next(iter(written))
+
+
+def question_set(args: argparse.Namespace, boxes: Boxes = "shares") -> QuestionSet:
+    """The set that --set names, with its options, for models that write `boxes`.
+
+    Raises UserError, also for options of the other kind of set.
+    """
     from reroute.evaluation.datasets import DATASETS
 
     if args.set != SCENES and args.set not in DATASETS:
@@ -103,14 +119,16 @@ def question_set(args: argparse.Namespace) -> QuestionSet:
         given = {name: value for name in _SCENE_OPTIONS if (value := getattr(args, name)) is not None}
         if "objects" in given:
             given["objects"] = parse_objects(given["objects"])
-        return SceneSet(**given)
+        return SceneSet(**given, boxes=boxes)
     if args.data is None:
         raise UserError(f"--set {args.set} needs --data PATH", hint="where its annotations are; nothing is downloaded")
     if not args.data.exists():
         raise UserError(f"there is no {args.data}", hint="check --data")
     if args.images is not None and not args.images.is_dir():
         raise UserError(f"{args.images} is not a folder", hint="check --images")
-    given = {"protocol": args.protocol} if args.protocol is not None else {}
+    # POPE and GQA ask and judge all models alike.
+    own = "qwen" if boxes != "shares" and args.set not in ("pope", "gqa") else None
+    given = {"protocol": protocol} if (protocol := args.protocol or own) is not None else {}
     return DATASETS[args.set](args.data, images=args.images, split=args.dataset_split, limit=args.limit, **given)
 
 

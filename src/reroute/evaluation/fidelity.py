@@ -12,8 +12,9 @@ import numpy as np
 
 from reroute.check import CheckRow
 from reroute.evaluation.questions import Question, QuestionSet
-from reroute.evaluation.runner import Engine
+from reroute.evaluation.runner import Engine, writing_of
 from reroute.gates import QUESTION_SLOTS
+from reroute.manifest import Model
 from reroute.runtime import Answer
 
 
@@ -89,7 +90,7 @@ def fidelity(
     """
     with ExitStack() as stack:
         engines = [stack.enter_context(closing(one())) for one in (base, engine)]
-        layers = engines[0].manifest.schedule.decision_layers
+        model, layers = engines[0].manifest.model, engines[0].manifest.schedule.decision_layers
         equal, kept = np.zeros(len(layers)), np.zeros(len(layers))
         same = 0
         scores: dict[str, list[list[float]]] = {}
@@ -100,7 +101,7 @@ def fidelity(
                 equal += [np.isin(b, a).sum() for a, b in zip(first.routes, second.routes, strict=True)]
                 kept += [len(route) for route in first.routes]
                 same += first.text == second.text
-                grades = [questions.grade(question, answer.text.strip()).score for answer in (first, second)]
+                grades = [_score(questions, question, answer, model) for answer in (first, second)]
                 scores.setdefault(question.skill, []).append(grades)
                 advance()
     return Fidelity(
@@ -116,6 +117,10 @@ def fidelity(
 def _ask(engine: Engine, question: Question, features: Any, max_new_tokens: int) -> Answer:
     engine.reset()
     return engine.ask(question.prompt, features, max_new_tokens=max_new_tokens)
+
+
+def _score(questions: QuestionSet, question: Question, answer: Answer, model: Model) -> float:
+    return questions.grade(question, answer.text.strip(), writing_of(model, answer)).score
 
 
 def _means(pairs: list[list[float]]) -> tuple[float, float]:

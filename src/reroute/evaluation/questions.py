@@ -1,7 +1,7 @@
 """What an evaluation asks: questions with their true answers, whatever set they come from.
 
 Boxes here are always (x1, y1, x2, y2) as fractions 0..1 of the image's own width and height; what a model writes is
-turned into that by the set, which knows its protocol.
+turned into that by the set, which knows its protocol, and for models that write no shares is told how they do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from PIL import Image
+
+from reroute.manifest import Boxes
 
 Box = tuple[float, float, float, float]
 Skill = Literal["grounding", "vqa"]
@@ -49,6 +51,19 @@ class Grade:
     box: Box | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How the boxes of an answer are written.
+
+    Attributes:
+        boxes: their unit, see `reroute.manifest.Model`.
+        size: (width, height) of the image that the tower was given, which pixels are of.
+    """
+
+    boxes: Boxes
+    size: tuple[int, int]
+
+
 class QuestionSet(Protocol):
     """Questions in a fixed order, their images, and the protocol's judge."""
 
@@ -70,6 +85,6 @@ class QuestionSet(Protocol):
         """The image of a question, as the protocol shows it to the model. Raises UserError."""
         ...
 
-    def grade(self, question: Question, answer: str) -> Grade:
-        """Judge one answer; never raises for what a model wrote."""
+    def grade(self, question: Question, answer: str, writing: Writing | None = None) -> Grade:
+        """Judge one answer; never raises for what a model wrote. `writing` is None for boxes in the protocol's form."""
         ...

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from reroute.evaluation.questions import Question, QuestionSet
+from reroute.evaluation.questions import Question, QuestionSet, Writing
 from reroute.evaluation.records import Record, decisions_of, share_of
 from reroute.evaluation.regions import size_of, tokens_in
-from reroute.manifest import Manifest
+from reroute.manifest import Manifest, Model
 from reroute.runtime import Answer, Bundle
 
 # Bundles are open at the same time, and share rendered images and visual features, as long as their files together
@@ -138,7 +138,7 @@ def record_of(
     """Grade an answer and follow the object's tokens; `engine` still holds the caches of that answer."""
     manifest = engine.manifest
     text = answer.text.strip()
-    grade = questions.grade(question, text)
+    grade = questions.grade(question, text, writing_of(manifest.model, answer))
     region = tokens_in(question.box, size, manifest.model) if question.box is not None else None
     text_rows = answer.prompt_tokens + answer.timings.decode_tokens
     return Record(
@@ -156,3 +156,8 @@ def record_of(
         rows=tuple(int(rows) - text_rows for rows in np.asarray(engine.backend.lengths)),
         kv_bytes=engine.cache_bytes_used,
     )
+
+
+def writing_of(model: Model, answer: Answer) -> Writing | None:
+    """How the boxes of an answer about one image are written; None for shares, which the sets read by themselves."""
+    return None if model.boxes == "shares" else Writing(boxes=model.boxes, size=answer.views[0].pixels)

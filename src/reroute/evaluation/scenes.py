@@ -3,11 +3,16 @@
 Scenes are taken in the order of their random streams (`reroute.demo.scenes.scene_rng`), and of each scene in this
 order: where every object is, then one question of every one-word kind that the scene allows. So a smaller set is the
 beginning of a larger one of the same split, seed and objects.
+
+The demo model answers with four numbers and one word, as it was trained to. Models that write boxes in pixels or
+thousandths (Qwen-VL) are asked in their own words (see `reroute.evaluation.datasets.protocol`), may write JSON, and
+a word of theirs counts whatever its case, with or without a full stop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -17,7 +22,10 @@ from reroute.demo import questions as drawn
 from reroute.demo.scenes import SPLITS, Scene, make_scene, render, scene_rng
 from reroute.demo.scenes import Question as SceneQuestion
 from reroute.errors import UserError, nearest
-from reroute.evaluation.questions import Box, Grade, Question
+from reroute.evaluation.datasets.protocol import LOCATE, SHORT_ANSWER
+from reroute.evaluation.questions import Box, Grade, Question, Writing
+from reroute.evaluation.writing import read_written
+from reroute.manifest import Boxes
 from reroute.runtime import parse_box
 
 MIN_IOU = 0.5
@@ -29,8 +37,6 @@ SCORED_SPLITS = tuple(sorted(SPLITS.keys() - {"train"}))
 class SceneSet:
     """`grounding` questions for a box and `vqa` one-word questions on generated scenes."""
 
-    max_new_tokens = 6  # a box is four tokens; what goes on after six is wrong anyway
-
     def __init__(
         self,
         *,
@@ -39,6 +45,7 @@ class SceneSet:
         objects: tuple[int, int] = (3, 7),
         seed: int = 0,
         split: str = "heldout",
+        boxes: Boxes = "shares",
     ) -> None:
         """Draw the scenes; they are rendered when asked for.
 
@@ -48,6 +55,7 @@ class SceneSet:
             objects: fewest and most objects of a scene.
             seed: of the scenes.
             split: "heldout", which training never saw in any form, or "validation".
+            boxes: how the models that are asked write boxes: all in shares, or all otherwise.
 
         Raises:
             UserError: a split, a number of questions or a number of objects that there is not.
@@ -66,7 +74,10 @@ class SceneSet:
             )
         if seed < 0:
             raise UserError(f"the seed {seed} is negative", hint="give 0 or more")
-        self.name = f"scenes/{split}, seed {seed}, {low} to {high} objects"
+        self.json_boxes = boxes != "shares"
+        self.name = f"scenes/{split}, seed {seed}, {low} to {high} objects" + (" (qwen)" if self.json_boxes else "")
+        # A box of the demo is four tokens, and what goes on after six is wrong anyway; JSON takes some forty.
+        self.max_new_tokens = 128 if self.json_boxes else 6
         self._scenes: list[Scene] = []
         self._questions: list[Question] = []
         left = {"grounding": grounding, "vqa": vqa}
@@ -77,7 +88,7 @@ class SceneSet:
             for question in asked:
                 if left[question.skill]:
                     left[question.skill] -= 1
-                    self._questions.append(question)
+                    self._questions.append(_in_words(question) if self.json_boxes else question)
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -89,9 +100,9 @@ class SceneSet:
         """Draw a scene, 384 x 384 pixels."""
         return render(self._scenes[int(key)])
 
-    def grade(self, question: Question, answer: str) -> Grade:
+    def grade(self, question: Question, answer: str, writing: Writing | None = None) -> Grade:
         """Judge an answer; see `grade`."""
-        return grade(question, answer)
+        return grade(question, answer, writing)
 
 
 def scene_questions(split: str, seed: int, index: int, objects: tuple[int, int]) -> tuple[Scene, list[Question]]:
@@ -108,11 +119,12 @@ def one_of_each(scene: Scene, rng: np.random.Generator) -> list[SceneQuestion]:
     return [question for question in asked if question.kind != "where"]
 
 
-def grade(question: Question, answer: str) -> Grade:
+def grade(question: Question, answer: str, writing: Writing | None = None) -> Grade:
     """Judge an answer about a scene: a box by its IoU, at least 0.5 is right, and a word by equality."""
     if question.skill == "vqa":
-        return Grade(score=float(answer.strip() in question.answers))
-    box = parse_box(answer)
+        word = answer.strip() if writing is None else answer.strip().removesuffix(".").lower()
+        return Grade(score=float(word in question.answers))
+    box = parse_box(answer) if writing is None else read_written(answer, writing)
     overlap = iou(_hundredths(box), _hundredths(question.box)) if box and question.box else 0.0
     return Grade(score=float(overlap >= MIN_IOU), iou=overlap, box=box)
 
@@ -120,6 +132,15 @@ def grade(question: Question, answer: str) -> Grade:
 def _hundredths(box: Box) -> tuple[float, ...]:
     """What was drawn and answered: whole numbers, in which an IoU of one half is exactly 0.5."""
     return tuple(round(100 * side, 6) for side in box)
+
+
+def _in_words(question: Question) -> Question:
+    """The question as Qwen-VL is asked."""
+    if question.skill == "grounding":
+        name = question.prompt.removeprefix("where is ").removesuffix(" ?")
+        return replace(question, prompt=LOCATE.format(name))
+    words = question.prompt.replace(" ,", ",").replace(" ?", "?")
+    return replace(question, prompt=words[:1].upper() + words[1:] + SHORT_ANSWER)
 
 
 def _question(index: int, number: int, asked: SceneQuestion) -> Question:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from reroute.errors import UserError
-from reroute.evaluation.questions import Grade, Question, QuestionSet
+from reroute.evaluation.questions import Grade, Question, QuestionSet, Writing
 
 FINALISTS = 3
 LEAST_FIRST = 8  # questions of the first round, where time is short
@@ -77,9 +77,9 @@ class Subset:
         """As the whole set."""
         return self._questions.image(key)
 
-    def grade(self, question: Question, answer: str) -> Grade:
+    def grade(self, question: Question, answer: str, writing: Writing | None = None) -> Grade:
         """As the whole set."""
-        return self._questions.grade(question, answer)
+        return self._questions.grade(question, answer, writing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from reroute.errors import EXIT_OK, GateError, UserError
 from reroute.evaluation.command import SCENES, question_set
 from reroute.evaluation.questions import QuestionSet
 from reroute.folders import check_output, whole_folder
-from reroute.manifest import Capacity, Grid, Model
+from reroute.manifest import Boxes, Capacity, Grid, Model
 from reroute.routing import RoutingSpec
 from reroute.runtime.backend import BackendOptions
 from reroute.tuning import document
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     check_capacity(capacity, model)
     entries = entries_of(space, model, capacity, num_text=shape.text)
     left = prune(entries, bounds)
-    questions = questions_of(args)
+    questions = questions_of(args, model.boxes)
     parts = split(questions, seed=args.seed or 0)
     rounds_of(len(left), len(parts.search), args.questions)
     if output is None:
@@ -158,12 +158,12 @@ def bounds_of(args: argparse.Namespace) -> Bounds:
     )
 
 
-def questions_of(args: argparse.Namespace) -> QuestionSet:
+def questions_of(args: argparse.Namespace, boxes: Boxes = "shares") -> QuestionSet:
     """The set of `reroute eval`'s options, generated scenes from the validation split. Raises UserError."""
     own = copy.copy(args)
     if args.set != SCENES:
         own.seed = None  # it is tune's own, and the readers know none
-        return question_set(own)
+        return question_set(own, boxes)
     if args.split not in (None, VALIDATION):
         raise UserError(
             f"--split {args.split}: tune searches on {VALIDATION} scenes only",
@@ -173,7 +173,7 @@ def questions_of(args: argparse.Namespace) -> QuestionSet:
     own.split = VALIDATION
     own.grounding = QUESTIONS if args.grounding is None else args.grounding
     own.vqa = QUESTIONS if args.vqa is None else args.vqa
-    return question_set(own)
+    return question_set(own, boxes)
 
 
 def settings_of(

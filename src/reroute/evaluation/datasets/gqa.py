@@ -25,7 +25,7 @@ from reroute.evaluation.datasets.find import find
 from reroute.evaluation.datasets.local import Images, Item, LocalSet
 from reroute.evaluation.datasets.parquet import TEXT, ParquetImages, read_rows, shard_note, shards, split_of
 from reroute.evaluation.datasets.protocol import SHORT_ANSWER, Protocol, check_protocol
-from reroute.evaluation.questions import Grade, Question
+from reroute.evaluation.questions import Grade, Question, Writing
 
 SPLITS = ("testdev", "val", "train")
 
@@ -35,19 +35,19 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def normalise(text: str, protocol: Protocol) -> str:
     """An answer as the protocol compares it."""
     text = text.strip().lower()
-    return text.translate(_PUNCTUATION) if protocol == "lmms-eval" else text.rstrip(".")
+    return text.translate(_PUNCTUATION) if protocol != "llava" else text.rstrip(".")
 
 
 class Gqa(LocalSet):
     """One-word questions; the kind of a question is its structural type (verify, query, choose, logical, compare)."""
 
     skill = "vqa"
-    lengths = {"lmms-eval": 16, "llava": 128}  # noqa: RUF012  (a constant)
+    lengths = {"lmms-eval": 16, "llava": 128, "qwen": 16}  # noqa: RUF012  (a constant)
 
-    def grade(self, question: Question, answer: str) -> Grade:
+    def grade(self, question: Question, answer: str, writing: Writing | None = None) -> Grade:
         """1 when the answers are equal after `normalise`."""
         truth, told = question.answers[0], normalise(answer, self.protocol)
-        return Grade(score=float(told == (normalise(truth, "lmms-eval") if self.protocol == "lmms-eval" else truth)))
+        return Grade(score=float(told == (normalise(truth, "lmms-eval") if self.protocol != "llava" else truth)))
 
 
 def gqa(
@@ -65,7 +65,7 @@ def gqa(
         images: GQA's image folder; for parquet only when the images are not next to the instructions.
         split: see `SPLITS`; None for what the file's name says, or testdev.
         limit: ask only the first questions of the files.
-        protocol: "lmms-eval" or "llava".
+        protocol: "lmms-eval", "llava" or "qwen", which asks and judges as "lmms-eval" does.
 
     Raises:
         UserError: whatever is wrong with the files.

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from reroute.errors import UserError, nearest
 from reroute.evaluation.datasets.protocol import Canvas, Protocol
-from reroute.evaluation.questions import Box, Grade, Question, Skill
+from reroute.evaluation.questions import Box, Grade, Question, Skill, Writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class LocalSet(ABC):
             ) from error
 
     @abstractmethod
-    def grade(self, question: Question, answer: str) -> Grade:
+    def grade(self, question: Question, answer: str, writing: Writing | None = None) -> Grade:
         """Judge one answer as the protocol does."""
 
 

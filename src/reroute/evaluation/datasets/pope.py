@@ -21,7 +21,7 @@ from reroute.evaluation.datasets.local import Item, LocalSet
 from reroute.evaluation.datasets.parquet import TEXT, ParquetImages, read_rows, shard_note, shards, split_of
 from reroute.evaluation.datasets.protocol import SHORT_ANSWER, Protocol, check_protocol
 from reroute.evaluation.datasets.refcoco import embedded
-from reroute.evaluation.questions import Grade, Question
+from reroute.evaluation.questions import Grade, Question, Writing
 
 CATEGORIES = ("adversarial", "popular", "random")
 SPLITS = ("test", *CATEGORIES)
@@ -29,7 +29,7 @@ SPLITS = ("test", *CATEGORIES)
 
 def read_answer(answer: str, protocol: Protocol) -> str:
     """What an answer says: "yes", "no", or under "lmms-eval" whatever else it is."""
-    if protocol == "lmms-eval":
+    if protocol != "llava":
         return answer.strip().lower()
     words = answer.strip().split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
@@ -39,9 +39,9 @@ class Pope(LocalSet):
     """Yes-or-no questions; the kind of a question is its category."""
 
     skill = "vqa"
-    lengths = {"lmms-eval": 128, "llava": 128}  # noqa: RUF012  (a constant)
+    lengths = {"lmms-eval": 128, "llava": 128, "qwen": 128}  # noqa: RUF012  (a constant)
 
-    def grade(self, question: Question, answer: str) -> Grade:
+    def grade(self, question: Question, answer: str, writing: Writing | None = None) -> Grade:
         """1 when the answer is read as the true one."""
         return Grade(score=float(read_answer(answer, self.protocol) in question.answers))
 
@@ -81,7 +81,7 @@ def pope(
         images: COCO images (val2014), for the JSON layout.
         split: "test" for all, or a category; None for what the file's name says, or "test".
         limit: ask only the first questions of the files.
-        protocol: "lmms-eval" or "llava".
+        protocol: "lmms-eval", "llava" or "qwen", which asks and judges as "lmms-eval" does.
 
     Raises:
         UserError: whatever is wrong with the files.

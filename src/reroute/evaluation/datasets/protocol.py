@@ -1,12 +1,12 @@
 """The two published ways to ask LLaVA-1.5: words, images, boxes. The facts, and where they stand.
 
-| | "lmms-eval" (default) | "llava" |
-|---|---|---|
-| image | as it is; the CLIP processor crops its centre | padded to a square, left or top gets the smaller half |
-| box in an answer | shares of the image's own width and height | shares of the padded square |
-| RefCOCO prompt | `REFCOCO_LONG` + expression | `REFCOCO_SHORT` + expression |
-| POPE, GQA prompt | question + `SHORT_ANSWER` | the same |
-| longest answer | RefCOCO 1024, POPE 128, GQA 16 tokens | 128 tokens |
+| | "lmms-eval" (default) | "llava" | "qwen" (default for Qwen-VL) |
+|---|---|---|---|
+| image | as it is; the CLIP processor crops its centre | padded to a square, left or top gets the smaller half | as it is |
+| box in an answer | shares of the image's own width and height | shares of the padded square | the model's unit |
+| RefCOCO prompt | `REFCOCO_LONG` + expression | `REFCOCO_SHORT` + expression | `LOCATE` |
+| POPE, GQA prompt | question + `SHORT_ANSWER` | the same | the same |
+| longest answer | RefCOCO 1024, POPE 128, GQA 16 tokens | 128 tokens | RefCOCO 512, else as lmms-eval |
 
 - "lmms-eval" is what the Reroute paper's table was made with: `elmma/mllm-reroute` README.md (lmms-eval v0.7.1),
   configs/model/llava15_7b_hf.yaml (model `llava_hf`), configs/eval/paper_main.yaml (POPE, eight RefCOCO splits),
@@ -19,7 +19,11 @@
   llava/mm_utils.py (`expand2square`, `process_images`: the colour is the processor's mean), docs/Evaluation.md
   (short answers), llava/eval/model_vqa_loader.py (128 tokens); boxes of the padded square: its issues 606 and 1833.
   LLaVA has no RefCOCO script of its own; the short prompt is the one of its training data (issue 623).
-"""
+- "qwen" is the Reroute paper's for Qwen2.5-VL (scripts/run_eval.py: prompt "nuwa", boxes in pixels, for Qwen3-VL in
+  thousandths; lmms_eval_patches/refcoco_utils_rec.patch), Nuwa's (Vscan/qwen/eval/test_refcoco_nuwa_s2_025.py, 512
+  tokens) and that of Qwen's authors (`QwenLM/Qwen3-VL` issue 991). Nuwa's script takes a leading article away; the
+  others do not, nor does this. Boxes: `reroute.evaluation.writing`, which also reads them under "lmms-eval".
+"""  # noqa: E501  (a table)
 
 from __future__ import annotations
 
@@ -32,14 +36,15 @@ from PIL import Image
 from reroute.errors import UserError, nearest
 from reroute.evaluation.questions import Box
 
-Protocol = Literal["lmms-eval", "llava"]
-PROTOCOLS: tuple[Protocol, ...] = ("lmms-eval", "llava")
+Protocol = Literal["lmms-eval", "llava", "qwen"]
+PROTOCOLS: tuple[Protocol, ...] = ("lmms-eval", "llava", "qwen")
 
 REFCOCO_SHORT = "Please provide the bounding box coordinate of the region this sentence describes: "
 REFCOCO_LONG = (
     "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y). "
     "All values are floating point numbers bounded between 0 and 1. "
 ) + REFCOCO_SHORT
+LOCATE = "Locate {} in this image and output the bbox coordinates in JSON format."
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 # int(255 * mean) of CLIP's image processor, as LLaVA's process_images computes it.
@@ -81,7 +86,7 @@ class Canvas:
     def of(cls, size: tuple[int, int], protocol: Protocol) -> Canvas:
         """The canvas of an image of (width, height) pixels."""
         width, height = size
-        if protocol == "lmms-eval":
+        if protocol != "llava":
             return cls(width=width, height=height)
         side = max(size)
         return cls(width=side, height=side, left=(side - width) // 2, top=(side - height) // 2)

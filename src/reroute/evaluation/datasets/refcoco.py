@@ -28,13 +28,15 @@ from reroute.evaluation.datasets.find import find
 from reroute.evaluation.datasets.local import Item, LocalSet
 from reroute.evaluation.datasets.parquet import NUMBERS, TEXTS, ParquetImages, read_rows, shard_note
 from reroute.evaluation.datasets.protocol import (
+    LOCATE,
     REFCOCO_LONG,
     REFCOCO_SHORT,
     Protocol,
     check_protocol,
     read_box,
 )
-from reroute.evaluation.questions import Box, Grade, Question
+from reroute.evaluation.questions import Box, Grade, Question, Writing
+from reroute.evaluation.writing import read_written
 
 SPLITS = {
     "refcoco": ("val", "testA", "testB", "test"),
@@ -51,11 +53,11 @@ class RefCoco(LocalSet):
     """Grounding by referring expressions."""
 
     skill = "grounding"
-    lengths = {"lmms-eval": 1024, "llava": 128}  # noqa: RUF012  (a constant)
+    lengths = {"lmms-eval": 1024, "llava": 128, "qwen": 512}  # noqa: RUF012  (a constant)
 
-    def grade(self, question: Question, answer: str) -> Grade:
+    def grade(self, question: Question, answer: str, writing: Writing | None = None) -> Grade:
         """1 at an IoU of 0.5 or more. The box is as written, so it may leave the image."""
-        box = read_box(answer)
+        box = read_box(answer) if writing is None else read_written(answer, writing)
         overlap = 0.0 if box is None or question.box is None else iou(box, question.box)
         return Grade(score=float(overlap >= 0.5), iou=overlap, box=box)
 
@@ -76,7 +78,7 @@ def refcoco(
         images: COCO images (train2014), for the JSON layouts.
         split: see `SPLITS`; None for the one in the file's name, or val.
         limit: ask only the first questions of the files.
-        protocol: "lmms-eval" or "llava".
+        protocol: "lmms-eval", "llava" or "qwen".
         dataset: "refcoco", "refcoco+" or "refcocog".
 
     Raises:
@@ -118,6 +120,8 @@ def embedded(images: Path | None, file: Path) -> None:
 
 
 def _prompt(expression: str, protocol: Protocol) -> str:
+    if protocol == "qwen":
+        return LOCATE.format(expression)
     return (REFCOCO_LONG if protocol == "lmms-eval" else REFCOCO_SHORT) + expression
 
 
