@@ -98,6 +98,7 @@ def test_large_models_are_built_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(accuracy, "make_bundle", make)
     monkeypatch.setattr(accuracy, "run_bundles", ask)
-    runs = accuracy.run_cases(Path("model"), accuracy.table_cases()[:3], [], None)
+    questions: Any = []
+    runs: list[Any] = accuracy.run_cases(Path("model"), accuracy.table_cases()[:3], questions, None)
     assert alive == [1, 1, 1]
     assert not any(run.folder.exists() for run in runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -72,13 +73,8 @@ def test_blocks_are_right_to_a_step_and_what_onnx_runtime_reads(bits: int, block
     error = np.abs(wide - weight) / steps
     assert error.max() <= 1.0001  # 4 bits end at 7 steps on one side, of 8 that the largest value takes
     assert np.quantile(error, 0.9) <= 0.5
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", "values", "scales"],
-        ["y"],
-        domain="com.microsoft",
-        **{"K": rows, "N": columns, "bits": bits, "block_size": block},
-    )
+    sizes: Any = {"K": rows, "N": columns, "bits": bits, "block_size": block}
+    node = helper.make_node("MatMulNBits", ["x", "values", "scales"], ["y"], domain="com.microsoft", **sizes)
     made = {"values": packed.values, "scales": packed.scales}
     eye = np.eye(rows, dtype=np.float32)
     assert np.allclose(run([node], made, eye, columns), wide, atol=1e-5)
@@ -104,7 +100,8 @@ def run(nodes: list[onnx.NodeProto], initializers: dict[str, np.ndarray], x: np.
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
 
 
 def quantized_product(weight: np.ndarray, x: np.ndarray, form: Form, tmp_path: Path) -> np.ndarray:
@@ -123,7 +120,8 @@ def quantized_product(weight: np.ndarray, x: np.ndarray, form: Form, tmp_path: P
     with DataFile(tmp_path / "g.data") as file:
         file.take(model, weights, made)
     onnx.save(model, tmp_path / "g.onnx")
-    return ort.InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    session = ort.InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
 
 
 @pytest.mark.parametrize(("form", "error"), [(Form.ROWS8, 0.02), (Form.BLOCKS8, 0.02), (Form.BLOCKS4, 0.15)])

@@ -96,7 +96,6 @@ class FakeEngine:
         # 7 text rows in front, and 2 decode steps behind.
         self.lengths += np.asarray([7 + stage.visual_rows(VISUAL) + 2 for stage in stages], dtype=np.int32)
         routes = tuple(np.arange(stage.visual_rows(VISUAL)) for stage in stages[1:])
-        times = {"image_ms": 0.0, "vision_ms": 0.0, "prefill_ms": 0.0, "decode_ms": 0.0}
         return Answer(
             text=f" {self.reply(prompt)} ",
             token_ids=(1, 2, 3),
@@ -105,7 +104,14 @@ class FakeEngine:
             entered=np.arange(VISUAL),
             prompt_tokens=7,
             visual_tokens=VISUAL,
-            timings=Timings(**times, prefill_tokens=7 + VISUAL, decode_tokens=2),
+            timings=Timings(
+                image_ms=0.0,
+                vision_ms=0.0,
+                prefill_ms=0.0,
+                decode_ms=0.0,
+                prefill_tokens=7 + VISUAL,
+                decode_tokens=2,
+            ),
         )
 
     def reset(self, tier: str | None = None) -> None:

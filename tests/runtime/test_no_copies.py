@@ -100,7 +100,7 @@ def test_past_and_present_are_one_memory_for_the_whole_session(tiny_bundle: Path
 
         def check() -> None:
             assert addresses(backend) == before
-            assert [ortvalue.data_ptr() for ortvalue in backend._values.values()] == before
+            assert [value.data_ptr() for _, value in backend._rooms.values()] == before
             assert all(set(before) <= pointers for pointers in bound())
 
         session.ask("where is the red circle ?", PICTURE, max_new_tokens=4)
@@ -126,7 +126,7 @@ def test_a_decode_step_allocates_the_same_whatever_the_caches_hold(tiny_bundle: 
     for max_text in (512, 4096):
         backend = OrtBackend(with_capacity(Bundle.open(tiny_bundle), max_text), BackendOptions(threads=1))
         positions = Positions(backend._manifest)
-        smallest = min(array.nbytes for array in backend._caches.values())
+        smallest = min(room.nbytes for room, _ in backend._rooms.values())
         for _ in range(3):  # numpy and ONNX Runtime allocate on first use
             run(backend, [7])
         tracemalloc.start()

@@ -402,9 +402,9 @@ class TestEngine:
             backend = session.backend
             assert isinstance(backend, OrtBackend)
             backend._options = dataclasses.replace(backend._options, provider="cuda")
-            for name, value in backend._values.items():
-                value.update_inplace(np.full_like(backend._caches[name], 9))
-                backend._caches[name] = np.zeros_like(backend._caches[name])  # no longer the OrtValue's memory
+            for name, (room, value) in backend._rooms.items():
+                value.update_inplace(np.full_like(room, 9))
+                backend._rooms[name] = (np.zeros_like(room), value)  # no longer the OrtValue's memory
             session.reset(prefix=prefix)
             for layer, (key, value) in enumerate(prefix.caches):
                 np.testing.assert_array_equal(backend.cache(layer)[0], key)

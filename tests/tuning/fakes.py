@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from reroute.errors import GateError
-from reroute.evaluation.questions import Grade, Question
+from reroute.evaluation.questions import Grade, Question, Writing
 from reroute.tuning.budgets import Split, split
 from reroute.tuning.screening import Runner
 
@@ -128,7 +128,7 @@ class PlainSet:
     def image(self, key: str) -> Image.Image:
         raise AssertionError(key)
 
-    def grade(self, question: Question, answer: str) -> Grade:
+    def grade(self, question: Question, answer: str, writing: Writing | None = None) -> Grade:
         raise AssertionError(question.id)
 
 
