@@ -17,6 +17,10 @@ from reroute.engines.targets import Form
 from reroute.errors import RerouteError
 
 
+_DECISIONS = "RerouteSelect"  # what the names of all ops that decide begin with
+_CANDIDATES, _ALWAYS = "candidates", "always"  # inputs of theirs
+
+
 def lower(model: onnx.ModelProto, dialect_name: str, *, form: Form = "native") -> onnx.ModelProto:
     """A copy of `model` (weights may stay external) in which only the dialect's operators are left.
 
@@ -41,6 +45,10 @@ def lower(model: onnx.ModelProto, dialect_name: str, *, form: Form = "native") -
     del lowered.functions[:]
     lowered.functions.extend(bodies[name] for name in sorted(used - kept))
     _name_nodes(lowered.functions)
+    if dialect.guarded_decisions:
+        for function in lowered.functions:
+            if function.name.startswith(_DECISIONS):
+                _guard(function)
     _import(lowered, dialect.opsets)
     lowered = inliner.inline_local_functions(lowered)
     left = {node.op_type for node in lowered.graph.node if node.domain == DOMAIN}
@@ -90,6 +98,37 @@ def _name_nodes(functions: Iterable[onnx.FunctionProto]) -> None:
     for function in functions:
         for node in function.node:
             node.name = f"{function.name}.{node.output[0]}"
+
+
+def _guard(function: onnx.FunctionProto) -> None:
+    """Run a decision's body only where there are candidates, in place.
+
+    A step of text alone keeps its text rows, which is what the decision's input `always` is: one small branch instead
+    of some thirty small nodes, at every decision of every decoded token.
+    """
+    body = list(function.node)
+    (slots,) = function.output
+    kind = onnx.TensorProto.INT64
+    ranked, kept, count, some = (f"{slots}_{word}" for word in ("ranked", "kept", "count", "some"))
+    ranking = onnx.helper.make_graph(body, "ranking", [], [onnx.helper.make_tensor_value_info(ranked, kind, None)])
+    for node in ranking.node:
+        for names in (node.input, node.output):
+            names[:] = [ranked if name == slots else name for name in names]
+    keeping = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", [_ALWAYS], [kept])],
+        "keeping",
+        [],
+        [onnx.helper.make_tensor_value_info(kept, kind, None)],
+    )
+    nodes = [
+        onnx.helper.make_node("Shape", [_CANDIDATES], [count], start=1, end=2),
+        onnx.helper.make_node("Cast", [count], [some], to=onnx.TensorProto.BOOL),
+        onnx.helper.make_node("If", [some], [slots], then_branch=ranking, else_branch=keeping),
+    ]
+    for node in nodes:
+        node.name = f"{function.name}.guard_{node.output[0]}"
+    del function.node[:]
+    function.node.extend(nodes)
 
 
 def _call_full_attention(model: onnx.ModelProto) -> None:

@@ -31,6 +31,7 @@ from reroute.schedule import Schedule
 MICROSOFT = "com.microsoft"
 EMBEDDING = "embed"
 _BLOCKS = {Form.BLOCKS8: (8, 128), Form.BLOCKS4: (4, 64)}
+PREFIX = "Quantized"  # of the names of all nodes that are made here
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level
 _AXES, _SMALLEST = "quantize.axes", "quantize.smallest"  # the latter so that a row of zeros is not divided by zero
 INT8, UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
@@ -166,8 +167,8 @@ class _Rewrite:
             self.tensors.append(numpy_helper.from_array(array, name))
 
     def emit(self, kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
-        """A new node."""
-        self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
+        """A new node, with a name that a profile can be read by."""
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=f"{PREFIX}.{outputs[0]}", **attributes))
 
     def finish(self) -> None:
         """Put everything into the graph. Raises RerouteError for a matrix that something else reads too."""

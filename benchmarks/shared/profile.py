@@ -82,8 +82,10 @@ def groups_of(nodes: Iterable[Node], scoring_layers: Sequence[int]) -> dict[str,
             found[name] = "embedding"
         elif body and body[1] in _OPS:
             found[name] = _OPS[body[1]]
+        elif by_weight := _group_by_weight(inputs, scoring_layers):
+            found[name] = by_weight
         else:
-            found[name] = _group_by_weight(inputs, scoring_layers) or _BY_OP_TYPE.get(op_type, "shapes")
+            found[name] = "quantisation" if name.startswith("Quantized.") else _BY_OP_TYPE.get(op_type, "shapes")
     return found
 
 
@@ -117,7 +119,12 @@ def split_runs(events: Iterable[Mapping[str, Any]], group: Callable[[str, str], 
     """
     events = sorted(events, key=lambda event: event["ts"])
     runs = [event for event in events if event["name"] == "model_run"]
-    nodes = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
+    nodes = [
+        event
+        for event in events
+        # What ran in a branch has events of its own.
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and event["args"].get("op_name") != "If"
+    ]
     found = []
     for run in runs:
         times: defaultdict[str, float] = defaultdict(float)
