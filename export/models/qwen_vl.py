@@ -181,11 +181,11 @@ class Attention(nn.Module):
         outputs, start = [], 0
         for count, length in groups:
             stop = start + count * length
-            one, two, three = (
+            queries, keys, values = (
                 t[:, start:stop].reshape(-1, length, self.heads, t.shape[2] // self.heads).transpose(1, 2)
                 for t in (q, k, v)
             )
-            mixed = nn.functional.scaled_dot_product_attention(one, two, three)
+            mixed = nn.functional.scaled_dot_product_attention(queries, keys, values)
             outputs.append(mixed.transpose(1, 2).reshape(-1, count * length, x.shape[2]))
             start = stop
         return self.proj(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0])
