@@ -174,7 +174,6 @@ class Model:
     image: ImageProcessing | GridProcessing
     tokens: Tokens
     num_parameters: dict[str, int]
-    checkpoint_sha256: str
     boxes: Boxes = "shares"
 
     def pixels(self, grid: Grid) -> tuple[int, int]:
@@ -308,7 +307,9 @@ class Manifest:
         schema_version: raised when a reader of the older form would go wrong.
         kind: "export" (neutral graphs), "lowered" (TensorRT graphs, still to be built on the device) or "bundle".
         backend: "neutral", "ort" or "tensorrt".
-        dtype: dtype of weights, visual embeddings and caches in the graphs.
+        dtype: dtype that the graphs compute in, of visual embeddings and caches. The weights of an export may be
+            stored in 16 bits, as its checkpoint has them.
+        checkpoint_sha256: fingerprint of the exported checkpoint's config and weights.
         routing: the spec as the user wrote it.
         schedule: the spec resolved to stages.
         average_visual_tokens: measured from the schedule for one image, per layer.
@@ -327,6 +328,7 @@ class Manifest:
     backend: str
     dtype: str
     model: Model
+    checkpoint_sha256: str
     routing: str
     schedule: Schedule
     average_visual_tokens: float
