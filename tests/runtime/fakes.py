@@ -169,6 +169,7 @@ def make_manifest(
         kind=kind,  # type: ignore[arg-type]
         backend=backend,
         dtype="float32",
+        checkpoint_sha256="0" * 64,
         model=model,
         routing=routing,
         schedule=schedule,
