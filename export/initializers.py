@@ -67,14 +67,15 @@ def _bind(graph: ir.Graph, value: ir.Value, weight: Weight) -> None:
     """Refer an initializer to its weight; one of 16 bits feeds a Cast in its place."""
     name, shape = value.name or "", value.shape
     assert shape is not None
+    # A new value: what the trace noted about the old one is of no use. In the order of the weights, whatever they are.
+    bound = ir.Value(name=name, shape=shape, type=ir.TensorType(_KINDS[weight.dtype]))
     if weight.dtype in NARROW:
-        stored = ir.Value(name=name, shape=shape, type=ir.TensorType(_KINDS[weight.dtype]))
-        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
-        _replace(graph, value, cast, f"{name}.float32")
-        del graph.initializers[name]
-        value = stored
-    value.const_value = Unread(weight, shape, name)
-    graph.initializers[name] = value
+        _replace(graph, value, ir.node("Cast", [bound], {"to": ir.DataType.FLOAT.value}), f"{name}.float32")
+    else:
+        value.replace_all_uses_with(bound)
+    del graph.initializers[name]
+    bound.const_value = Unread(weight, shape, name)
+    graph.initializers[name] = bound
 
 
 def _store_transposed(graph: ir.Graph, name: str, bound: dict[str, Weight]) -> None:

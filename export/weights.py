@@ -3,8 +3,8 @@
 A module is built on the meta device and given its `Weight`s:
 
     streamed(module, weights)     a forward runs as ever: parameters come when their module runs, in float32, and go
-    tracing(module)               for a trace: parameters without data, which only shapes can be asked of
-    weights_of(module)            what an initializer of the graph is to be filled with, one at a time
+    streamed_of(module)           the weights, for what is not a forward: a trace has parameters without data, and its
+                                  initializers are written one at a time (`reroute.export.initializers`)
 
 Buffers (rotary tables, window orders, position ids) are small constants and always there. Parameters stay in memory,
 first come first served, until `RESIDENT_BYTES` are used up: small models are read once.
@@ -149,9 +149,9 @@ class Streamed:
             self.module.get_submodule(path)._parameters[leaf] = parameter
 
 
-def streamed(module: Module, weights: Mapping[str, Weight], budget: int = RESIDENT_BYTES) -> Module:
+def streamed(module: Module, weights: Mapping[str, Weight]) -> Module:
     """Give a module on the meta device its parameters: it then runs as if it had them. `weights` by parameter name."""
-    module.streamed = Streamed(module, weights, budget)  # type: ignore[assignment]
+    module.streamed = Streamed(module, weights, RESIDENT_BYTES)  # type: ignore[assignment]
     return module.eval().requires_grad_(False)
 
 
