@@ -221,7 +221,7 @@ def _file_blocks(stored: Stored) -> Iterator[np.ndarray]:
         left = stored.length // dtype.itemsize
         while left:
             buffer = np.empty(min(left, _BLOCK), dtype)
-            view, filled = memoryview(buffer.view(np.uint8)), 0
+            view, filled = buffer.view(np.uint8).data, 0
             while filled < len(view):
                 count = stream.readinto(view[filled:])
                 if not count:

@@ -246,7 +246,7 @@ def build_vision(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> nn
     config = parse_config(checkpoint)
     with torch.device("meta"):
         tower = VisionTower(config) if schedule.nuwa is None else NuwaTower(config, schedule.nuwa)
-    embeddings = tower.vision_tower.embeddings
+    embeddings: Any = tower.vision_tower.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
     names = (name for name, _ in tower.named_parameters())
     return streamed(tower, {name: Weight(checkpoint=checkpoint, name=name) for name in names})
