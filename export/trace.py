@@ -22,7 +22,7 @@ from onnxscript import optimizer
 from reroute.export import onnx_ops
 from reroute.export.decoder import RoutedDecoder
 from reroute.export.initializers import DataFile, bind, unbind
-from reroute.export.weights import streamed_of
+from reroute.export.weights import streamed_of, weights_of
 from reroute.manifest import Grid, Model, Part, Tensor
 from reroute.schedule import Schedule
 
@@ -183,8 +183,8 @@ def save_vision(tower: torch.nn.Module, model: Model, schedule: Schedule, folder
 
 
 def _export(module: torch.nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ir.Model:
-    streamed = streamed_of(module)
-    with _quiet(), torch.no_grad(), streamed.tracing():
+    weights = weights_of(module)
+    with _quiet(), torch.no_grad(), streamed_of(module).tracing():
         program = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
         result = torch.onnx.export(
             program,
@@ -197,13 +197,13 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, 
     if result is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     model: ir.Model = result.model
-    unbind(model.graph, streamed.weights)
+    unbind(model.graph, weights)
     with _quiet():
         optimizer.optimize(model)
         passes.CommonSubexpressionEliminationPass()(model)
         passes.RemoveUnusedNodesPass()(model)
         passes.ClearMetadataAndDocStringPass()(model)
-    bind(model.graph, streamed.weights)
+    bind(model.graph, weights)
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "reroute", None
     return model

@@ -3,8 +3,9 @@
 A module is built on the meta device and given its `Weight`s:
 
     streamed(module, weights)     a forward runs as ever: parameters come when their module runs, in float32, and go
-    streamed_of(module)           the weights, for what is not a forward: a trace has parameters without data, and its
-                                  initializers are written one at a time (`reroute.export.initializers`)
+    streamed_of(module)           for what is not a forward: a trace has parameters without data
+    weights_of(module)            what the trace's initializers are, written one at a time by
+                                  `reroute.export.initializers`
 
 Buffers (rotary tables, window orders, position ids) are small constants and always there. Parameters stay in memory,
 first come first served, until `RESIDENT_BYTES` are used up: small models are read once.
@@ -156,7 +157,19 @@ def streamed(module: Module, weights: Mapping[str, Weight]) -> Module:
 
 
 def streamed_of(module: nn.Module) -> Streamed:
-    """What `streamed` gave a module."""
-    found = module.streamed
-    assert isinstance(found, Streamed)
-    return found
+    """What `streamed` gave a module, or the one module within it that has the parameters."""
+    return _found(module)[1]
+
+
+def weights_of(module: nn.Module) -> dict[str, Weight]:
+    """The weights of a module by the names that its own parameters have."""
+    path, found = _found(module)
+    return {f"{path}.{name}".lstrip("."): weight for name, weight in found.weights.items()}
+
+
+def _found(module: nn.Module) -> tuple[str, Streamed]:
+    parts = ((path, getattr(part, "streamed", None)) for path, part in module.named_modules())
+    found = [(path, value) for path, value in parts if isinstance(value, Streamed)]
+    if len(found) != 1:
+        raise ValueError(f"{type(module).__name__} holds {len(found)} streamed modules")
+    return found[0]

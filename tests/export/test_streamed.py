@@ -19,7 +19,7 @@ from reroute.export import weights as export_weights
 from reroute.export.checkpoint import Checkpoint
 from reroute.export.models import family_of
 from reroute.export.reference import encode, record
-from reroute.export.weights import streamed_of
+from reroute.export.weights import streamed_of, weights_of
 from tests.conftest import TINY_ROUTING, TinyLlava, make_llava
 
 MIB = 2**20
@@ -128,3 +128,15 @@ def test_a_plan_reads_headers_and_an_export_hashes_once(
     capsys.readouterr()
     assert cli.main([*argv, "-o", str(tmp_path / "none"), "--reference-tokens", "0"]) == 2
     assert "0 is less than 1" in capsys.readouterr().err
+
+
+def test_a_module_around_a_streamed_one(tiny_checkpoint: Path) -> None:
+    opened = Checkpoint.open(tiny_checkpoint)
+    family = family_of(opened)
+    model = family.read(opened)
+    tower = family.build_vision(opened, model, resolve("dense", model))
+    around = torch.nn.ModuleDict({"tower": tower})
+    assert weights_of(around).keys() == {name for name, _ in around.named_parameters()}
+    assert streamed_of(around) is streamed_of(tower)
+    with pytest.raises(ValueError, match="Linear holds 0 streamed modules"):
+        streamed_of(torch.nn.Linear(1, 1))
