@@ -255,7 +255,7 @@ def main() -> None:
         "boundary": "share of questions answered right, greedy, by the exported fp32 engines in ONNX Runtime",
         "questions": {"set": questions.name, "grounding": skills.count("grounding"), "vqa": skills.count("vqa")},
         "statistics": {"interval": "95 % bootstrap over images", "resamples": bootstrap.resamples},
-        "checkpoint_sha256": manifest.model.checkpoint_sha256,
+        "checkpoint_sha256": manifest.checkpoint_sha256,
         "versions": manifest.versions,
         "engine": runs[0].engine,
         "rows": rows_of(cases, runs, bootstrap),

@@ -1,6 +1,6 @@
 """A random checkpoint in LLaVA's layout, of a named shape, for measurements that need a size and no training.
 
-    python benchmarks/make_checkpoint.py llava-1.5-7b -o out/random7b              # 13.5 GB of bfloat16
+    python benchmarks/make_checkpoint.py llava-1.5-7b -o out/random7b              # 14.1 GB of bfloat16
     python benchmarks/make_checkpoint.py small24 -o out/small24 --dtype float32
 
 Shards are written one tensor at a time, so memory is that of the largest tensor (0.5 GB of a 7B model's embedding in

@@ -129,7 +129,6 @@ def _model(
             "decoder": sum(tensor.numel() for tensor in decoder.state_dict().values()) - tied,
             "vision": sum(tensor.numel() for tensor in tower.state_dict().values()),
         },
-        checkpoint_sha256="",
     )
 
 

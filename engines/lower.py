@@ -16,7 +16,6 @@ from reroute.engines.dialects import DIALECTS, DOMAIN, PLUGIN_OPS, Dialect
 from reroute.engines.targets import Form
 from reroute.errors import RerouteError
 
-
 _DECISIONS = "RerouteSelect"  # what the names of all ops that decide begin with
 _CANDIDATES, _ALWAYS = "candidates", "always"  # inputs of theirs
 

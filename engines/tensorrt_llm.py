@@ -14,7 +14,7 @@ Sources: NVIDIA/TensorRT-LLM, tensorrt_llm/models/llama/convert.py and runtime/s
 
 | here, [in, out] | TensorRT-LLM, [out, in] |
 |---|---|
-| embed [V, D] | transformer.vocab_embedding.weight [V, D] |
+| embed.weight [V, D] | transformer.vocab_embedding.weight [V, D] |
 | layers.i.{q,k,v}_proj | transformer.layers.i.attention.qkv, rows of q, then k, then v |
 | layers.i.o_proj | transformer.layers.i.attention.dense |
 | layers.i.gate_proj, up_proj, down_proj | transformer.layers.i.mlp.fc, .gate, .proj (fc is what goes through SiLU) |
@@ -138,7 +138,7 @@ def model_config(manifest: Manifest, dtype: str) -> dict[str, Any]:
 
 def baseline_tensors(weights: Weights, layers: int) -> Iterator[tuple[str, np.ndarray]]:
     """The checkpoint's tensors, [out, in]; see the table in the module docstring."""
-    yield "transformer.vocab_embedding.weight", weights.named("embed")
+    yield "transformer.vocab_embedding.weight", weights.named("embed.weight")
     for layer in range(layers):
         ours, theirs = f"layers.{layer}", f"transformer.layers.{layer}"
         yield f"{theirs}.input_layernorm.weight", weights.norm(2 * layer)

@@ -11,6 +11,8 @@ transposed form becomes a weight of its own, because a backend wants none behind
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -19,6 +21,7 @@ from reroute.errors import RerouteError
 
 FLOAT, HALF, BFLOAT = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
 NARROW = (HALF, BFLOAT)
+Proto = TypeVar("Proto", onnx.NodeProto, onnx.ValueInfoProto)
 
 
 def widen(model: onnx.ModelProto) -> dict[str, str]:
@@ -53,8 +56,11 @@ def widen(model: onnx.ModelProto) -> dict[str, str]:
             tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
         tensor.data_type = FLOAT
     kept, turned = _without_transposes(graph, nodes)
-    if len(kept) != len(graph.node):
-        set_nodes(graph, kept)
+    # Initializers say their type themselves, and the casts' outputs are no more.
+    gone = names.keys() | {tensor.name for tensor in graph.initializer}
+    types = [_copy(value) for value in graph.value_info if value.name not in gone]
+    set_nodes(graph, kept)
+    graph.value_info.extend(types)
     return turned
 
 
@@ -86,11 +92,13 @@ def _target(node: onnx.NodeProto) -> int:
 
 def set_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     """Replace the nodes of a graph; the types of values are then to be inferred anew."""
-    copies = []
-    for node in nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
+    nodes = [_copy(node) for node in nodes]
     del graph.node[:]
-    graph.node.extend(copies)
+    graph.node.extend(nodes)
     del graph.value_info[:]
+
+
+def _copy(message: Proto) -> Proto:
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy

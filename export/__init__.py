@@ -1,10 +1,13 @@
 """Export: a Hugging Face checkpoint becomes ONNX graphs, a manifest and a recorded torch reference.
 
-    read_model           config, tensor names and shapes, tokenizer, processor   -> manifest.Model   (weights hashed)
-    build_decoder        weights into the paper's decoder with a fixed schedule   -> torch module     (decoder.py)
+    read_model           config, tensor names and shapes, tokenizer, processor   -> manifest.Model   (headers only)
+    build_decoder        the paper's decoder with a fixed schedule                -> torch module     (decoder.py)
     trace                one graph for all phases, ops of our own domain          -> decoder.onnx, vision.onnx
     record               a fixed scenario driven through torch                    -> reference.npz
     write                tokenizer, chat template, manifest with hashes           -> reroute.json
+
+Weights stay in the checkpoint and are read one at a time (`weights`, `initializers`): memory follows from the largest
+layer, not from the model.
 
 The folder is written whole or not at all. Nothing in it depends on the machine, the time or the path: two exports of
 one checkpoint are equal byte for byte.
@@ -29,12 +32,13 @@ from reroute.schedule import Schedule
 from reroute.tiers import parse_tiers, resolve_tiers, tier_of, traced_schedule
 
 CHAT_TEMPLATE = "chat_template.jinja"
+REFERENCE_TOKENS = 64
 _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "numpy")
 Progress = Callable[[str], None]
 
 
 def read_model(checkpoint: Path, grids: Sequence[Grid] = ()) -> Model:
-    """Describe the model of a checkpoint directory from headers and a hash of the weights.
+    """Describe the model of a checkpoint directory from its headers.
 
     Args:
         checkpoint: Hugging Face directory.
@@ -68,6 +72,7 @@ def export_checkpoint(
     tiers: Sequence[str] = (),
     capacity: Capacity | None = None,
     grids: Sequence[Grid] = (),
+    reference_tokens: int = REFERENCE_TOKENS,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -80,6 +85,8 @@ def export_checkpoint(
         tiers: further budgets that the bundle shall have, see `reroute.tiers`; `routing` is then the default one.
         capacity: sizes of a session.
         grids: see `read_model`.
+        reference_tokens: greedy tokens of the recorded reference; fewer where the capacity has less room. Of a model
+            that does not stay in memory each reads the whole checkpoint.
         force: replace an earlier export.
         progress: is told what happens next.
 
@@ -101,7 +108,6 @@ def export_checkpoint(
     check_capacity(capacity, model)
     template = chat_template(opened)
     with whole_folder(output, force=force) as folder:
-        tell("reading the weights")
         decoder = family.build_decoder(opened, model, traced_schedule(table) if table else schedule)
         tower = family.build_vision(opened, model, schedule)
         tell("tracing the decoder")
@@ -110,19 +116,21 @@ def export_checkpoint(
         parts = {"decoder": trace.save(graph, folder, "decoder", inputs, outputs)}
         tell("tracing the vision tower")
         parts |= trace.save_vision(tower, model, schedule, folder)
-        room = capacity.max_text - scenario.text_tokens(0)
-        probe = scenario.probe(model, num_tokens=min(64, room))
+        tokens = min(reference_tokens, capacity.max_text - scenario.text_tokens(0))
+        probe = scenario.probe(model, num_tokens=tokens)
         for name, tier in (table or {"": own}).items():
             tell("recording the torch reference" + (f" of the tier {name}" if name else ""))
             decoder.schedule = tier.schedule
             scenario.save(folder / tier.reference, reference.record(decoder, tower, model, probe))
         shutil.copyfile(opened.folder / "tokenizer.json", folder / "tokenizer.json")
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        tell("hashing checkpoint and files")
         manifest = Manifest(
             kind="export",
             backend="neutral",
             dtype="float32",
             model=model,
+            checkpoint_sha256=opened.sha256,
             routing=own.routing,
             schedule=schedule,
             average_visual_tokens=own.average_visual_tokens,

@@ -1,14 +1,14 @@
 """Reading a Hugging Face checkpoint directory without trusting it: safetensors only, no pickle, no remote code.
 
-Opening looks at the headers alone; tensors are read one at a time. The fingerprint (`sha256`) reads every
-shard once.
+Opening looks at the headers alone; tensors are read one at a time, by seek and read: mapped pages would count as
+memory. The fingerprint (`sha256`) reads every shard once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,18 +25,20 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # What `load` can widen to float32 as it is: anything else needs scales that it does not know of.
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BLOCK = 1 << 22  # elements converted at once
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is, its shape, and its dtype in safetensors' spelling."""
+    """Where a tensor is, its shape, its dtype in safetensors' spelling, and its first byte in the shard."""
 
     shard: str
     key: str
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,46 @@ class Checkpoint:
                 hint=f"supported: {', '.join(_DTYPES)}",
             )
 
-    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Read one tensor by canonical name."""
-        entry = self.entries[name]
-        with safe_open(self.folder / entry.shard, framework="pt") as shard:
-            return shard.get_tensor(entry.key).to(dtype)
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is stored in."""
+        import torch
+
+        return getattr(torch, _DTYPES[self.entries[name].dtype])
+
+    def load(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read one tensor by canonical name, as `dtype` where given. Raises UserError: the shard was cut short."""
+        import torch
+
+        entry, kind = self.entries[name], self.dtype_of(name)
+        tensor = torch.empty(entry.shape, dtype=dtype or kind)
+        self._read(entry, entry.start, tensor.view(-1), kind)
+        return tensor
+
+    def load_rows(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Read these rows of one tensor, in this order. Raises UserError: the shard was cut short."""
+        import torch
+
+        entry, kind = self.entries[name], self.dtype_of(name)
+        tensor = torch.empty((len(rows), *entry.shape[1:]), dtype=dtype)
+        width = tensor[0].numel() * kind.itemsize if rows else 0
+        for place, row in enumerate(rows):
+            self._read(entry, entry.start + row * width, tensor[place].view(-1), kind)
+        return tensor
+
+    def _read(self, entry: Entry, start: int, out: torch.Tensor, kind: torch.dtype) -> None:
+        """Fill `out` [n] with the elements of type `kind` from byte `start` on, a few million at a time."""
+        import torch
+
+        with (self.folder / entry.shard).open("rb") as stream:
+            stream.seek(start)
+            for at in range(0, out.numel(), _BLOCK):
+                part = out[at : at + _BLOCK]
+                buffer = bytearray(part.numel() * kind.itemsize)
+                if stream.readinto(buffer) != len(buffer):
+                    raise UserError(
+                        f"the shard {entry.shard} ends within {entry.key}", hint="it was cut short: copy it again"
+                    )
+                part.copy_(torch.frombuffer(buffer, dtype=kind))
 
     def count(self, prefix: str) -> int:
         """Number of parameters whose canonical name starts with `prefix`."""
@@ -181,10 +218,11 @@ def _scan(folder: Path) -> dict[str, Entry]:
             raise UserError(f"{folder} lacks the shard {shard}", hint=f"{INDEX_FILE} names it: copy it again")
         try:
             with safe_open(folder / shard, framework="np") as file:
+                starts = _starts(folder / shard)
                 for key in file.keys():  # noqa: SIM118 - not a mapping
                     header = file.get_slice(key)
                     shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
-                    entries[canonical_name(key)] = Entry(shard, key, shape, dtype)
+                    entries[canonical_name(key)] = Entry(shard, key, shape, dtype, starts[key])
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"cannot read the shard {shard}: {error}", hint="it is damaged or cut short: copy it again"
@@ -194,3 +232,11 @@ def _scan(folder: Path) -> dict[str, Entry]:
             if canonical_name(key) not in entries:
                 raise UserError(f"no shard holds {key}, which {INDEX_FILE} lists", hint="copy the shards again")
     return entries
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """First byte of each tensor of a safetensors file whose header was checked: its length, itself, then the data."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}

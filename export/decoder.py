@@ -120,6 +120,18 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Embedding(nn.Module):
+    """Rows of a table [V, D] by index."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """int64 [...] to [..., D]."""
+        return nn.functional.embedding(index, self.weight)
+
+
 class Norm(nn.Module):
     """Root mean square norm."""
 
@@ -197,7 +209,7 @@ class RoutedDecoder(nn.Module):
         if schedule.num_layers != model.num_layers:
             raise ValueError(f"schedule of {schedule.num_layers} layers for a decoder of {model.num_layers}")
         self.model, self.schedule = model, schedule
-        self.embed = nn.Parameter(torch.empty(model.vocab_size, model.hidden_size), requires_grad=False)
+        self.embed = Embedding(model.vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(Layer(model, biased) for _ in range(model.num_layers))
         self.norm = Norm(model.hidden_size, model.rms_norm_eps)
         self.lm_head = Linear(model.hidden_size, model.vocab_size)
@@ -222,7 +234,7 @@ class RoutedDecoder(nn.Module):
         own, renumbered = schedule.scoring == "own", schedule.positions == "renumbered"
         batch = input_ids.shape[0]
         text, visual = text_slots.expand(batch, -1), visual_slots.expand(batch, -1)
-        tokens = torch.cat([torch.nn.functional.embedding(input_ids, self.embed), visual_embeds], dim=1)
+        tokens = torch.cat([self.embed(input_ids), visual_embeds], dim=1)
         rows = Rows(ops.scatter(tokens, torch.cat([text, visual], dim=1), tokens), text, visual, schedule.action)
         features: list[Tensor] = []
         if deepstack is not None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from reroute.errors import UserError
 from reroute.export.checkpoint import Checkpoint, read_json
 from reroute.export.decoder import RoutedDecoder
+from reroute.export.weights import Weight, streamed
 from reroute.manifest import MRope, TextModel, Tokens
 from reroute.schedule import Schedule, Stage
 
@@ -119,7 +119,7 @@ def is_linear(name: str) -> bool:
 
 def decoder_source(name: str, *, tied: bool) -> str:
     """Canonical checkpoint name of a parameter of `RoutedDecoder`."""
-    if name == "embed" or (tied and name == "lm_head.weight"):
+    if name == "embed.weight" or (tied and name == "lm_head.weight"):
         return "language_model.embed_tokens.weight"
     if not name.startswith("layers."):
         return name if name.startswith("lm_head") else f"language_model.{name}"
@@ -130,15 +130,18 @@ def decoder_source(name: str, *, tied: bool) -> str:
 def build_decoder(
     checkpoint: Checkpoint, text: TextModel, schedule: Schedule, biased: Collection[str]
 ) -> RoutedDecoder:
-    """The routed decoder with fp32 weights, transposed to [in, out]."""
+    """The routed decoder, matrices transposed to [in, out]; weights are read when they are used."""
     with torch.device("meta"):
         decoder = RoutedDecoder(text, schedule, biased)
-    state: dict[str, Tensor] = {}
-    for name in decoder.state_dict():
-        tensor = checkpoint.load(decoder_source(name, tied=text.tie_word_embeddings), torch.float32)
-        state[name] = tensor.T.contiguous() if is_linear(name) else tensor
-    decoder.load_state_dict(state, assign=True)
-    return decoder.eval()
+    weights = {
+        name: Weight(
+            checkpoint=checkpoint,
+            name=decoder_source(name, tied=text.tie_word_embeddings),
+            transposed=is_linear(name),
+        )
+        for name, _ in decoder.named_parameters()
+    }
+    return streamed(decoder, weights)
 
 
 def tokens(checkpoint: Checkpoint, config: Any) -> Tokens:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reroute.export.decoder import Cache, Output, RoutedDecoder
+from reroute.export.weights import streamed_of
 from reroute.manifest import Grid, Model, MRope
 from reroute.scenario import Arrays, Scenario
 from reroute.schedule import Schedule
@@ -29,6 +30,18 @@ class Visual(NamedTuple):
     deepstack: Tensor | None = None
 
 
+class HandedOver(list[Cache]):
+    """The caches before a step. A layer's is let go of once the layer has it: all of them before and after a step, in
+    fp32, can be more than the layers' weights.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        """The cache of a layer, once."""
+        cache = super().__getitem__(index)
+        self[index] = None  # type: ignore[call-overload]
+        return cache
+
+
 class RecordingDecoder:
     """A `RoutedDecoder` with its caches, positions and lengths, which remembers what every decision ranked.
 
@@ -38,14 +51,20 @@ class RecordingDecoder:
         decisions: for each decision of the last step, (candidates [B, N], their scores [B, N]).
     """
 
-    def __init__(self, decoder: RoutedDecoder, capacity: int, batch: int = 1) -> None:
+    def __init__(self, decoder: RoutedDecoder, capacity: int | Sequence[int], batch: int = 1) -> None:
+        """`capacity`: cache rows of every stage, or of each."""
         self.decoder = decoder
         self.text, self.schedule = decoder.model, decoder.schedule
         self.lengths = [0] * len(self.schedule.stages)
         self.position = 0
         self.decisions: list[tuple[Tensor, Tensor]] = []
-        shape = (batch, self.text.num_kv_heads, capacity, self.text.head_dim)
-        self.past: list[Cache] = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(self.text.num_layers)]
+        stages = len(self.schedule.stages)
+        rows = [capacity] * stages if isinstance(capacity, int) else capacity
+        self.past: list[Cache] = []
+        for layer in range(self.text.num_layers):
+            stage = self.schedule.stage_of_layer(layer)
+            shape = (batch, self.text.num_kv_heads, rows[stage], self.text.head_dim)
+            self.past.append((torch.zeros(shape), torch.zeros(shape)))
 
     def step(
         self,
@@ -85,10 +104,11 @@ class RecordingDecoder:
         lengths = [length + len(text_slots) + rows for length, rows in zip(self.lengths, added, strict=True)]
         kv_len = torch.tensor(lengths, dtype=torch.int32)
         self.decoder.decisions = self.decisions = []
+        past, self.past = HandedOver(self.past), []
         try:
             with torch.no_grad():
                 output = self.decoder(
-                    *(input_ids, visual_embeds, text_slots, visual_slots, cos, sin, kv_len, self.past),
+                    *(input_ids, visual_embeds, text_slots, visual_slots, cos, sin, kv_len, past),
                     visual_images=images if self.schedule.pool == "image" else None,
                     deepstack=deepstack,
                 )
@@ -213,7 +233,7 @@ def encode(tower: torch.nn.Module, pixel_values: Tensor) -> Visual:
 
 
 def record(decoder: RoutedDecoder, tower: torch.nn.Module, model: Model, scenario: Scenario) -> Arrays:
-    """Run the scenario in torch; the arrays are those of `reroute.scenario`."""
+    """Run the scenario in torch, weights on demand; the arrays are those of `reroute.scenario`."""
     arrays = scenario.to_arrays()
     visual = encode(tower, torch.from_numpy(scenario.pixel_values))
     for name, tensor in visual._asdict().items():
@@ -225,8 +245,9 @@ def record(decoder: RoutedDecoder, tower: torch.nn.Module, model: Model, scenari
                 arrays[f"{grid[0]}x{grid[1]}.visual_{name}"] = tensor.numpy()
     grid = model.grid_of(*scenario.pixel_values.shape[2:])
     tokens = grid[0] * grid[1] if model.vision.grids else model.vision.tokens_per_image
-    rows = len(scenario.prompt_ids) + tokens + len(scenario.turn_ids) + scenario.num_tokens
-    run = RecordingDecoder(decoder, rows)
+    streamed_of(tower).release()
+    text, schedule = len(scenario.prompt_ids) + len(scenario.turn_ids) + scenario.num_tokens, decoder.schedule
+    run = RecordingDecoder(decoder, [text + rows for rows in schedule.visual_rows([schedule.entering(tokens)])])
     token = model.tokens.image_token_id
     if model.text.mrope is None:
         prompt = run_prompt(run, scenario.prompt_ids, token, tokens, visual)
@@ -246,6 +267,7 @@ def record(decoder: RoutedDecoder, tower: torch.nn.Module, model: Model, scenari
         rows = run.lengths[decoder.schedule.stage_of_layer(layer)]
         for part, tensor in zip(("key", "value"), cache, strict=True):
             arrays[f"cache.{layer}.{part}"] = tensor[:, :, :rows].numpy()
+    streamed_of(decoder).release()
     return arrays
 
 

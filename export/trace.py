@@ -1,12 +1,12 @@
 """From torch modules to ONNX files: trace, simplify, name the inputs and outputs, write the weights beside the graph.
 
-The files are deterministic: no stack traces, no paths, no times; weights in graph order in one external file.
+The files are deterministic: no stack traces, no paths, no times; weights in graph order in one external file. No weight
+is read while a graph is traced, and one at a time when the file is written.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import warnings
@@ -21,6 +21,8 @@ from onnxscript import optimizer
 
 from reroute.export import onnx_ops
 from reroute.export.decoder import RoutedDecoder
+from reroute.export.initializers import DataFile, bind, unbind
+from reroute.export.weights import streamed_of, weights_of
 from reroute.manifest import Grid, Model, Part, Tensor
 from reroute.schedule import Schedule
 
@@ -157,7 +159,8 @@ def vision_outputs(model: Model, schedule: Schedule, grid: Grid) -> list[Tensor]
 
 def save(model: ir.Model, folder: Path, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Part:
     """Write `name`.onnx and `name`.onnx.data into `folder`; returns the manifest's entry."""
-    ir.save(model, folder / f"{name}.onnx", external_data=f"{name}.onnx.data")
+    DataFile(folder / f"{name}.onnx.data").take(model)
+    ir.save(model, folder / f"{name}.onnx")
     return Part(file=f"{name}.onnx", inputs=tuple(inputs), outputs=tuple(outputs))
 
 
@@ -166,7 +169,7 @@ def save_vision(tower: torch.nn.Module, model: Model, schedule: Schedule, folder
 
     Several graphs share one file of weights, vision.onnx.data: what is equal in two of them is stored once.
     """
-    weights = SharedWeights(folder / "vision.onnx.data")
+    weights = DataFile(folder / "vision.onnx.data")
     parts: dict[str, Part] = {}
     for grid in model.vision.all_grids:
         graph, name = trace_vision(tower, model, schedule, grid), model.vision_part(grid)
@@ -179,44 +182,9 @@ def save_vision(tower: torch.nn.Module, model: Model, schedule: Schedule, folder
     return parts
 
 
-class SharedWeights:
-    """A file of weights that several graphs refer to, each tensor once. Small constants stay in the graphs."""
-
-    SMALLEST = 1024  # bytes
-    ALIGNMENT = 4096  # a page, so that an engine can map the file
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.places: dict[str, tuple[int, int]] = {}
-        self.end = 0
-
-    def take(self, graph: ir.Model) -> None:
-        """Move the weights of a graph into the file."""
-        with self.path.open("ab") as file:
-            for value in graph.graph.initializers.values():
-                tensor = value.const_value
-                if tensor is None or tensor.nbytes < self.SMALLEST:
-                    continue
-                data = tensor.tobytes()
-                key = hashlib.sha256(data).hexdigest()
-                if key not in self.places:
-                    start = -(-self.end // self.ALIGNMENT) * self.ALIGNMENT
-                    file.write(b"\0" * (start - self.end) + data)
-                    self.places[key], self.end = (start, len(data)), start + len(data)
-                offset, length = self.places[key]
-                value.const_value = ir.ExternalTensor(
-                    self.path.name,
-                    offset,
-                    length,
-                    tensor.dtype,
-                    shape=ir.Shape(tensor.shape.numpy()),
-                    name=value.name or "",
-                    base_dir=self.path.parent,
-                )
-
-
 def _export(module: torch.nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...]) -> ir.Model:
-    with _quiet(), torch.no_grad():
+    weights = weights_of(module)
+    with _quiet(), torch.no_grad(), streamed_of(module).tracing():
         program = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
         result = torch.onnx.export(
             program,
@@ -229,10 +197,13 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, 
     if result is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     model: ir.Model = result.model
-    optimizer.optimize(model)
-    passes.CommonSubexpressionEliminationPass()(model)
-    passes.RemoveUnusedNodesPass()(model)
-    passes.ClearMetadataAndDocStringPass()(model)
+    unbind(model.graph, weights)
+    with _quiet():
+        optimizer.optimize(model)
+        passes.CommonSubexpressionEliminationPass()(model)
+        passes.RemoveUnusedNodesPass()(model)
+        passes.ClearMetadataAndDocStringPass()(model)
+    bind(model.graph, weights)
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "reroute", None
     return model
@@ -248,8 +219,8 @@ def _name(values: Sequence[ir.Value], table: Sequence[tuple[str, Shape]]) -> Non
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter talks about torchvision and its own deprecations; nothing in it is for our users."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
+    """The exporter talks about torchvision and its own deprecations, passes about weights without a value."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

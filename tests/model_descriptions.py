@@ -50,5 +50,4 @@ def model_of(text: TextModel = LLAVA_7B_TEXT, vision: VisionModel = CLIP_L_336, 
         image=IMAGE,
         tokens=TOKENS,
         num_parameters=parameters or {"decoder": 6_738_939_904, "vision": 303_507_456},
-        checkpoint_sha256="0" * 64,
     )

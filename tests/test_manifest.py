@@ -36,6 +36,7 @@ def manifest_of(folder: Path, **changes: Any) -> Manifest:
         kind="bundle",
         backend="ort",
         dtype="float32",
+        checkpoint_sha256="0" * 64,
         model=model_of(),
         routing=SPEC,
         schedule=schedule,

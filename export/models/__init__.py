@@ -25,9 +25,9 @@ class Family:
 
     Attributes:
         read: checks a checkpoint against its config and describes it. Raises UserError.
-        build_decoder: the routed decoder with its weights.
-        build_vision: pixel values [M, 3, H, W], of any grid of the model, to visual embeddings [M, N, D], with its
-            weights. Its attribute `outputs` names what it returns: visual_embeds, and where the schedule prunes in the
+        build_decoder: the routed decoder, its weights streamed (see `reroute.export.weights`).
+        build_vision: pixel values [M, 3, H, W], of any grid of the model, to visual embeddings [M, N, D]; streamed
+            too. Its attribute `outputs` names what it returns: visual_embeds, and where the schedule prunes in the
             tower visual_places, int64 [M, N], the places on the grid of those left; for a model with deepstack
             visual_deepstack, float [E, M, N, D].
         names: how to call the family in messages.

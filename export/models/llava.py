@@ -14,6 +14,7 @@ from reroute.errors import UserError, nearest
 from reroute.export import llama, nuwa
 from reroute.export.checkpoint import Checkpoint, read_json
 from reroute.export.decoder import RoutedDecoder
+from reroute.export.weights import Weight, streamed
 from reroute.manifest import ImageProcessing, Model, VisionModel
 from reroute.schedule import Schedule
 
@@ -84,7 +85,6 @@ def read(checkpoint: Checkpoint) -> Model:
             "decoder": llama.count_parameters(checkpoint),
             "vision": vision_parameters,
         },
-        checkpoint_sha256=checkpoint.sha256,
     )
 
 
@@ -216,7 +216,8 @@ class NuwaTower(VisionTower):
         side = config.vision_config.image_size // config.vision_config.patch_size
         self.keep, self.grid = keep, (side, side)
         self.near: Tensor
-        self.register_buffer("near", nuwa.closeness(self.grid), persistent=False)
+        with torch.device("cpu"):  # a constant, also where the parameters have no data
+            self.register_buffer("near", nuwa.closeness(self.grid), persistent=False)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """[M, 3, H, W] float to visual tokens [M, K, D] float and their places on the grid, int64 [M, K]."""
@@ -241,9 +242,11 @@ class NuwaTower(VisionTower):
 
 
 def build_vision(checkpoint: Checkpoint, model: Model, schedule: Schedule) -> nn.Module:
-    """The tower with fp32 weights; with Nüwa's first stage where the schedule has it."""
+    """The tower, with Nüwa's first stage where the schedule has it; weights are read when they are used."""
     config = parse_config(checkpoint)
-    tower = VisionTower(config) if schedule.nuwa is None else NuwaTower(config, schedule.nuwa)
-    names = tower.state_dict().keys()
-    tower.load_state_dict({name: checkpoint.load(name, torch.float32) for name in names}, assign=True)
-    return tower.eval().requires_grad_(False)
+    with torch.device("meta"):
+        tower = VisionTower(config) if schedule.nuwa is None else NuwaTower(config, schedule.nuwa)
+    embeddings: Any = tower.vision_tower.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
+    names = (name for name, _ in tower.named_parameters())
+    return streamed(tower, {name: Weight(checkpoint=checkpoint, name=name) for name in names})

@@ -23,6 +23,7 @@ from reroute.export import llama, ops
 from reroute.export.checkpoint import Checkpoint, read_json
 from reroute.export.decoder import Linear, RoutedDecoder
 from reroute.export.grids import with_grids
+from reroute.export.weights import Weight, streamed
 from reroute.manifest import Boxes, Grid, GridProcessing, Model, MRope, TextModel, VisionModel
 from reroute.schedule import Schedule
 
@@ -92,7 +93,6 @@ def read(
                 "decoder": llama.count_parameters(checkpoint),
                 "vision": sum(tensor.numel() for tensor in tower.state_dict().values()),
             },
-            checkpoint_sha256=checkpoint.sha256,
             boxes=boxes,
         ),
         default_grids(image),
@@ -366,12 +366,15 @@ def linear_weights(tower: nn.Module) -> set[str]:
 
 
 def load_tower(checkpoint: Checkpoint, tower: GridTower) -> GridTower:
-    """Give a tower its fp32 weights."""
-    linear, state = linear_weights(tower), {}
-    for name in tower.state_dict():
-        tensor = checkpoint.load(f"visual.{name}", torch.float32)
-        if name == "patch_embed.proj.weight":
-            tensor = tensor.sum(2).flatten(1)
-        state[name] = tensor.T.contiguous() if name in linear else tensor
-    tower.load_state_dict(state, assign=True)
-    return tower.eval().requires_grad_(False)
+    """Give a tower its weights, which are read when they are used."""
+    linear = linear_weights(tower)
+    weights = {
+        name: Weight(
+            checkpoint=checkpoint,
+            name=f"visual.{name}",
+            transposed=name in linear,
+            summed_frames=name == "patch_embed.proj.weight",
+        )
+        for name, _ in tower.named_parameters()
+    }
+    return streamed(tower, weights)

@@ -154,11 +154,11 @@ def live_references(
     from reroute.export.reference import record
 
     opened = Checkpoint.open(checkpoint)
-    model = bundle.manifest.model
-    if opened.sha256 != model.checkpoint_sha256:
+    model, expected = bundle.manifest.model, bundle.manifest.checkpoint_sha256
+    if opened.sha256 != expected:
         raise UserError(
             f"{checkpoint} is not the checkpoint of this bundle: its fingerprint is {opened.sha256[:12]}..., the "
-            f"bundle's {model.checkpoint_sha256[:12]}...",
+            f"bundle's {expected[:12]}...",
             hint="give the checkpoint that was exported, or export this one",
         )
     inputs = scenario_of(bundle, image=image, prompt=prompt, tokens=tokens)

@@ -31,6 +31,10 @@ _GRIDS_HELP = (
     "for models whose images differ in shape: rows and columns of visual tokens, a graph for each (default: five "
     "shapes of at most 576 tokens)"
 )
+_REFERENCE_HELP = (
+    "greedy tokens of the recorded torch reference (default 64). Parameters beyond 1 GiB in float32 are read again for "
+    "each of them: a 7B model reads its 13 GB N + 1 times"
+)
 _ROUTING_HELP = (
     "dense, METHOD:avg=A, ACTION@LAYERS:keep=K,K,..., ACTION@LAYERS:avg=A, published:NAME, or a .toml file; see below"
 )
@@ -109,6 +113,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-text", type=positive, default=512, help="text tokens of a whole dialogue (default 512)")
     parser.add_argument("--max-images", type=positive, default=2, help="images of a whole dialogue (default 2)")
     parser.add_argument("--grids", metavar="RxC,...", help=_GRIDS_HELP)
+    parser.add_argument("--reference-tokens", type=positive, default=64, metavar="N", help=_REFERENCE_HELP)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--force", action="store_true", help="replace the output directory")
     _json(parser)

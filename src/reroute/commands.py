@@ -61,6 +61,7 @@ def export(args: argparse.Namespace) -> int:
             tiers=args.tiers,
             capacity=capacity,
             grids=grids,
+            reference_tokens=args.reference_tokens,
             force=args.force,
             progress=progress,
         )
@@ -247,6 +248,7 @@ def _print_manifest(manifest: Manifest, path: Path) -> None:
     sizes = zip(manifest.schedule.stages, manifest.cache_rows, strict=True)
     facts = [
         *_model_facts(manifest.model),
+        ("checkpoint sha256", manifest.checkpoint_sha256[:12]),
         ("backend", manifest.backend),
         ("dtype", manifest.dtype),
         *([("profile", manifest.profile)] if manifest.profile != "fp32" else []),
@@ -318,7 +320,6 @@ def _model_facts(model: Model) -> list[tuple[str, object]]:
         ("vision tower", f"{vision.num_layers} layers, {vision.image_size} px, patch {vision.patch_size}"),
         ("visual tokens per image", "; ".join(_grid(model, rows, columns) for rows, columns in vision.all_grids)),
         ("parameters", millions),
-        ("checkpoint sha256", model.checkpoint_sha256[:12]),
     ]
 
 

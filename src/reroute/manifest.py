@@ -19,7 +19,7 @@ from typing import Any, Literal
 from reroute.errors import UserError, nearest
 from reroute.schedule import Schedule
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "reroute.json"
 
 
@@ -174,7 +174,6 @@ class Model:
     image: ImageProcessing | GridProcessing
     tokens: Tokens
     num_parameters: dict[str, int]
-    checkpoint_sha256: str
     boxes: Boxes = "shares"
 
     def pixels(self, grid: Grid) -> tuple[int, int]:
@@ -333,8 +332,10 @@ class Manifest:
         schema_version: raised when a reader of the older form would go wrong.
         kind: "export" (neutral graphs), "lowered" (TensorRT graphs, still to be built on the device) or "bundle".
         backend: "neutral", "ort" or "tensorrt".
-        dtype: dtype of computation, visual embeddings and caches in the graphs, and of the weights of profile fp32.
+        dtype: dtype that the graphs compute in, of visual embeddings and caches. The weights of an export may be
+            stored in 16 bits, as its checkpoint has them.
         profile: what the decoder's weights are stored as, "fp32", "int8" or "int4:1" (see `reroute.engines.profiles`).
+        checkpoint_sha256: fingerprint of the exported checkpoint's config and weights.
         routing: the spec as the user wrote it.
         schedule: the spec resolved to stages.
         average_visual_tokens: measured from the schedule for one image, per layer.
@@ -356,6 +357,7 @@ class Manifest:
     backend: str
     dtype: str
     model: Model
+    checkpoint_sha256: str
     routing: str
     schedule: Schedule
     average_visual_tokens: float

@@ -105,7 +105,7 @@ def test_the_machine_and_the_bundles_are_described(data: dict, tiny_bundle: Path
     one = data["candidates"][1]
     assert one["routing"] == manifest.routing
     assert one["average_visual_tokens"] == manifest.average_visual_tokens
-    assert one["checkpoint_sha256"] == manifest.model.checkpoint_sha256
+    assert one["checkpoint_sha256"] == manifest.checkpoint_sha256
     assert one["versions"] == manifest.versions
     assert one["engine"]["spinning"] == "off"
     assert data["versions"].keys() >= {"reroute", "python", "numpy"}

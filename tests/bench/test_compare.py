@@ -49,8 +49,7 @@ def paired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., lis
     for name in ("base", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "reroute.json").write_text("{}")
-    model = SimpleNamespace(checkpoint_sha256="0")
-    bundle = SimpleNamespace(manifest=SimpleNamespace(routing=ROUTED, model=model))
+    bundle = SimpleNamespace(manifest=SimpleNamespace(routing=ROUTED, checkpoint_sha256="0"))
     monkeypatch.setattr(compare_command, "open_bundles", lambda *args, **options: [bundle, bundle])
 
     def plant(*runs: tuple[int, Factors]) -> list[int]:

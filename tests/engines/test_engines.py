@@ -267,7 +267,7 @@ def test_manifest_says_what_was_built(tiny_bundle: Path, tiny_checkpoint: Path) 
     assert manifest.schedule == resolve(TINY_ROUTING, manifest.model)
     assert manifest.average_visual_tokens == pytest.approx((2 * 36 + 2 * 7 + 2 * 4) / 6)
     assert manifest.cache_rows == (512 + 72, 512 + 14, 512 + 8)
-    assert manifest.model.checkpoint_sha256 == Checkpoint.open(tiny_checkpoint).sha256
+    assert manifest.checkpoint_sha256 == Checkpoint.open(tiny_checkpoint).sha256
     weights = (tiny_bundle / "decoder.onnx.data").stat().st_size + (tiny_bundle / "vision.onnx.data").stat().st_size
     assert weights == pytest.approx(manifest.estimates["weight_bytes"], rel=0.05)
     manifest.verify_files(tiny_bundle)

@@ -55,7 +55,7 @@ def bundle_of(
     """A bundle that is nowhere on disk: 6 layers, 4 x 4 visual tokens."""
     files = {"vision.onnx": File(bytes=size, sha256=vision), "decoder.onnx": File(bytes=size, sha256=routing)}
     manifest = make_manifest(files=files, routing=routing)
-    manifest = replace(manifest, model=replace(manifest.model, checkpoint_sha256=checkpoint))
+    manifest = replace(manifest, checkpoint_sha256=checkpoint)
     return Bundle(path=Path(path), manifest=manifest)
 
 

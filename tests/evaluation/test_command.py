@@ -58,7 +58,7 @@ def test_every_bundle_says_what_it_is_and_what_it_cost(result: dict, demo_bundle
     first = result["bundles"][0]
     manifest = json.loads((demo_bundle / "reroute.json").read_text(encoding="utf-8"))
     assert first["routing"] == manifest["routing"]
-    assert first["checkpoint_sha256"] == manifest["model"]["checkpoint_sha256"]
+    assert first["checkpoint_sha256"] == manifest["checkpoint_sha256"]
     assert first["versions"] == manifest["versions"]
     assert first["engine"]["engine"] == "ONNX Runtime"
     assert first["measured"]["visual_tokens_per_layer"] == pytest.approx(manifest["average_visual_tokens"])

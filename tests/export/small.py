@@ -75,7 +75,7 @@ class Small:
         for name, parameter in decoder.state_dict().items():
             spread = torch.randn(parameter.shape, generator=generator)
             is_norm = name.endswith("norm.weight")
-            state[name] = 1 + 0.1 * spread if is_norm else spread * (0.5 if name == "embed" else 0.25)
+            state[name] = 1 + 0.1 * spread if is_norm else spread * (0.5 if name == "embed.weight" else 0.25)
         decoder.load_state_dict(state, assign=True)
         return decoder
 

@@ -162,7 +162,6 @@ def make_manifest(
         image=image,
         tokens=tokens,
         num_parameters={},
-        checkpoint_sha256="0" * 64,
     )
     schedule = RoutingSpec.parse(routing).resolve(num_layers=LAYERS, num_visual=VISUAL)
     capacity = Capacity(max_text=max_text, max_images=max_images)
@@ -170,6 +169,7 @@ def make_manifest(
         kind=kind,  # type: ignore[arg-type]
         backend=backend,
         dtype="float32",
+        checkpoint_sha256="0" * 64,
         model=model,
         routing=routing,
         schedule=schedule,

@@ -99,7 +99,7 @@ def pair(args: argparse.Namespace, tolerance: Tolerance) -> Comparison:
     findings = confirm(measure(settings), lambda: measure(replace(settings, repeat=2 * settings.repeat)))
     one, other = base.manifest, new.manifest
     notes = [f"BASE is {one.routing}, NEW is {other.routing}, paired in {settings.repeat} rounds."]
-    if one.model.checkpoint_sha256 != other.model.checkpoint_sha256:
+    if one.checkpoint_sha256 != other.checkpoint_sha256:
         notes.append("They are of different checkpoints.")
     if len(runs) > 1:
         notes.append(f"What was suspected was measured again, in {2 * settings.repeat} rounds.")

@@ -196,7 +196,7 @@ def _candidate(
         average_visual_tokens=manifest.average_visual_tokens,
         dtype=manifest.dtype,
         backend=manifest.backend,
-        checkpoint_sha256=manifest.model.checkpoint_sha256,
+        checkpoint_sha256=manifest.checkpoint_sha256,
         check_passed=manifest.check["passed"] if manifest.check else None,
         versions=manifest.versions,
         engine=engine,

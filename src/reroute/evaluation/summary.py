@@ -80,7 +80,7 @@ def facts(run: Run) -> Json:
         "dtype": manifest.dtype,
         "engine": run.engine,
         "model_type": manifest.model.model_type,
-        "checkpoint_sha256": manifest.model.checkpoint_sha256,
+        "checkpoint_sha256": manifest.checkpoint_sha256,
         "versions": manifest.versions,
     }
 
@@ -96,8 +96,7 @@ def scores(records: Sequence[Record], bootstrap: Bootstrap) -> Json:
 def agreement(run: Run, reference: Run, bootstrap: Bootstrap) -> Json:
     """Share of questions that two bundles answer with the same text, by skill; `same_place`: with boxes of IoU 0.5."""
     result: Json = {
-        "same_checkpoint": run.bundle.manifest.model.checkpoint_sha256
-        == reference.bundle.manifest.model.checkpoint_sha256
+        "same_checkpoint": run.bundle.manifest.checkpoint_sha256 == reference.bundle.manifest.checkpoint_sha256
     }
     other = {record.id: record for record in reference.records}
 

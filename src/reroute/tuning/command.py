@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         check_output(output, force=args.force, written=written)
     from reroute.export import check_capacity, read_model
+    from reroute.export.checkpoint import Checkpoint
     from reroute.export.grids import parse_grids
 
     grids = parse_grids(args.grids) if args.grids is not None else ()
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
             space=space,
             bounds=bounds,
             model=model,
+            checkpoint_sha256=Checkpoint.open(args.checkpoint).sha256,
             questions=parts,
             set_name=questions.name,
             settings=settings_of(args, settings, capacity, grids),

@@ -38,6 +38,7 @@ def make(
     space: Space,
     bounds: Bounds,
     model: Model,
+    checkpoint_sha256: str,
     questions: Split,
     set_name: str,
     settings: Json,
@@ -52,7 +53,7 @@ def make(
         "seconds": outcome.seconds,
         "model": {
             "model_type": model.model_type,
-            "checkpoint_sha256": model.checkpoint_sha256,
+            "checkpoint_sha256": checkpoint_sha256,
             "num_layers": model.text.num_layers,
             "visual_tokens": model.vision.tokens_per_image,
         },
