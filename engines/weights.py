@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from reroute.engines.widen import BFLOAT, FLOAT, HALF, widen
+from reroute.engines.widen import BFLOAT, FLOAT, HALF, NARROW, widen
 from reroute.errors import RerouteError, UserError
 
 EXTERNAL = onnx.TensorProto.EXTERNAL
@@ -128,7 +128,9 @@ class DataFile:
                     self._put(tensor, [np.ascontiguousarray(array)], array.nbytes)
             else:
                 stored = weights.stored[name]
-                if stored.path is None and stored.kind == kind and stored.length < SMALLEST:
+                # What is of 16 bits was made wide in the graph, even where it is to be as it was stored.
+                same = stored.kind == kind and kind not in NARROW
+                if stored.path is None and same and stored.length < SMALLEST:
                     continue
                 length = math.prod(stored.dims) * _dtype(kind).itemsize
                 key = (stored.path, stored.offset, stored.data, stored.transposed, kind)

@@ -119,13 +119,12 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.path.write_bytes(b"")
         self.places: dict[object, tuple[int, int]] = {}
         self.end = 0
 
     def take(self, graph: ir.Model) -> None:
         """Move the weights of a graph into the file, reading one after the other."""
-        with self.path.open("ab") as file:
+        with self.path.open("ab" if self.end else "wb") as file:
             for value in graph.graph.initializers.values():
                 tensor = value.const_value
                 if tensor is None:

@@ -132,6 +132,26 @@ def test_weights_are_read_and_written_wide(tmp_path: Path, kind: int) -> None:
     np.testing.assert_array_equal(numpy_helper.to_array(tensors["back"]), stored.T)
 
 
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+@pytest.mark.parametrize("inline", [False, True])
+def test_weights_are_written_in_half(tmp_path: Path, kind: int, inline: bool) -> None:
+    """Small ones stay in the graph, where float16 goes through float32 and back."""
+    array = ARRAY[:4, :4] if inline else ARRAY
+    path = make_graph(tmp_path, array, kind)
+    if inline:
+        onnx.save(onnx.load(path), path)
+        assert initializers(path)["w"].raw_data
+    graph, weights = load_graph(path)
+    decoder_to_half(graph)
+    weights.write(graph, tmp_path / "new")
+    onnx.save(graph, tmp_path / "new.onnx")
+    tensors = {t.name: t for t in onnx.load(tmp_path / "new.onnx").graph.initializer}
+    stored = array.astype(helper.tensor_dtype_to_np_dtype(kind)).astype(np.float16)
+    assert bool(initializers(tmp_path / "new.onnx")["w"].raw_data) == inline
+    np.testing.assert_array_equal(numpy_helper.to_array(tensors["w"]), stored)
+    np.testing.assert_array_equal(numpy_helper.to_array(tensors["back"]), stored.T)
+
+
 def test_what_a_pass_adds_is_written_too(tmp_path: Path) -> None:
     """As quantisation needs it: arrays that are made when they are written, in place of weights that go."""
     graph, weights = load_graph(make_graph(tmp_path, ARRAY))
