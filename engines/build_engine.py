@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "reroute.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PLUGIN_FILE = "reroute_plugin.so"
 MAJORS = (10, 11)
 GIB = 2**30

@@ -114,7 +114,7 @@ def _guard(function: onnx.FunctionProto) -> None:
         for names in (node.input, node.output):
             names[:] = [ranked if name == slots else name for name in names]
     keeping = onnx.helper.make_graph(
-        [onnx.helper.make_node("Identity", [_ALWAYS], [kept])],
+        [onnx.helper.make_node("Identity", [_ALWAYS], [kept], name=f"{function.name}.{kept}")],
         "keeping",
         [],
         [onnx.helper.make_tensor_value_info(kept, kind, None)],

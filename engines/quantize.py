@@ -29,7 +29,7 @@ from reroute.errors import RerouteError
 from reroute.schedule import Schedule
 
 MICROSOFT = "com.microsoft"
-EMBEDDING = "embed"
+EMBEDDING = "embed.weight"
 _BLOCKS = {Form.BLOCKS8: (8, 128), Form.BLOCKS4: (4, 64)}
 PREFIX = "Quantized"  # of the names of all nodes that are made here
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level

@@ -12,13 +12,16 @@ import json
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reroute.runtime.backend import BackendOptions
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.ort import OrtBackend
+
+if TYPE_CHECKING:
+    import onnx
 
 ROUTING = ("select", "gather", "scatter")
 FIXED = ("output matrix", "embedding", "shapes")  # what does not belong to a layer
@@ -173,6 +176,15 @@ class _Profiling:
         return options
 
 
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and, behind the node that has them, of its branches."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from nodes_of(attribute.g)
+
+
 def profile(path: Path, run: Callable[[OrtBackend], None], options: BackendOptions) -> list[dict[str, float]]:
     """`split_runs` of a bundle's decoder while `run` uses it."""
     import onnx
@@ -180,7 +192,8 @@ def profile(path: Path, run: Callable[[OrtBackend], None], options: BackendOptio
     bundle = Bundle.open(path, verify=False)
     graph = onnx.load(str(bundle.part("decoder")), load_external_data=False).graph
     schedule = bundle.manifest.schedule
-    groups = groups_of(((node.name, node.op_type, node.input) for node in graph.node), schedule.scoring_layers)
+    nodes = ((node.name, node.op_type, node.input) for node in nodes_of(graph))
+    groups = groups_of(nodes, schedule.scoring_layers)
     with tempfile.TemporaryDirectory() as folder:
         backend = ProfiledBackend(bundle, options, Path(folder))
         run(backend)

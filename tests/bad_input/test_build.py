@@ -23,8 +23,8 @@ CHANGED = {
     "missing": (d.remove("tokenizer.json"), ["lacks tokenizer.json"]),
     "no manifest": (d.remove(MANIFEST), ["holds no reroute.json", "reroute export"]),
     "manifest not json": (d.truncate(MANIFEST), ["cannot read", MANIFEST]),
-    "manifest a list": (d.text(MANIFEST, "[]"), ["schema version None", "reads version 2"]),
-    "newer schema": (d.set_json(MANIFEST, "schema_version", 99), ["schema version 99", "reads version 2"]),
+    "manifest a list": (d.text(MANIFEST, "[]"), ["schema version None", "reads version 3"]),
+    "newer schema": (d.set_json(MANIFEST, "schema_version", 99), ["schema version 99", "reads version 3"]),
     "unknown key": (d.set_json(MANIFEST, "routings", ""), ["unknown key 'routings'", "did you mean 'routing'"]),
     "missing key": (d.set_json(MANIFEST, "capacity", d.ABSENT), ["lacks capacity"]),
     "wrong type": (d.set_json(MANIFEST, "capacity.max_text", "many"), ["capacity.max_text", "'many'", "int"]),
@@ -123,7 +123,7 @@ def test_a_build_that_breaks_off_leaves_the_good_bundle(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("reroute.engines._check", fail)
+    monkeypatch.setattr("reroute.check.check_bundle", fail)
     before = tree(tmp_path)
     for argv in (["-o", bundle, "--force"], ["-o", tmp_path / "new"]):
         assert cli.main([str(part) for part in ("build", exported, *argv)]) == code

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from benchmarks.shared.own import OwnEngine, make_prompt
-from benchmarks.shared.profile import FIXED, GROUPS, ROUTING, group_of_event, groups_of, profile, split_runs
+from benchmarks.shared.profile import FIXED, GROUPS, ROUTING, group_of_event, groups_of, nodes_of, profile, split_runs
 from reroute.manifest import Manifest
 from reroute.runtime.backend import BackendOptions
 
@@ -97,7 +97,8 @@ def test_every_run_of_a_real_bundle_is_accounted_for(tiny_bundle: Path) -> None:
 
 
 def test_nodes_of_a_built_decoder_are_named_after_their_op(tiny_bundle: Path) -> None:
-    names = [node.name for node in onnx.load(str(tiny_bundle / "decoder.onnx"), load_external_data=False).graph.node]
+    graph = onnx.load(str(tiny_bundle / "decoder.onnx"), load_external_data=False).graph
+    names = [node.name for node in nodes_of(graph)]
     assert all(names)
     assert len(set(names)) == len(names)
     routed = len(Manifest.load(tiny_bundle).schedule.decision_layers)

@@ -15,7 +15,7 @@ from reroute.engines import build, profiles
 from reroute.engines.lower import lower
 from reroute.engines.packing import blocks, columns8
 from reroute.engines.profiles import PROFILES, Form, Profile, profile_named
-from reroute.engines.quantize import quantize
+from reroute.engines.quantize import EMBEDDING, quantize
 from reroute.engines.weights import DataFile, Weights, load_graph
 from reroute.errors import GateError, UserError
 from reroute.evaluation.fidelity import Fidelity, fidelity
@@ -192,13 +192,11 @@ def test_every_matrix_is_in_the_bundle_once_and_no_other_is_left_wide(name: str,
 
 def test_a_narrow_embedding_stays_narrow_and_exact(demo_export: Path, tmp_path: Path):
     neutral, weights = load_graph(demo_export / "decoder.onnx")
-    if weights.stored["embed"].kind == TensorProto.FLOAT:
-        pytest.skip("this export stores float32")
     graph = lower(neutral, "ort")
     quantize(graph, weights, PROFILES["int8"], Manifest.load(demo_export).schedule)
-    table = next(tensor for tensor in graph.graph.initializer if tensor.name == "embed")
+    table = next(tensor for tensor in graph.graph.initializer if tensor.name == EMBEDDING)
     assert table.data_type == TensorProto.FLOAT16
-    gather = next(node for node in graph.graph.node if "embed" in node.input)
+    gather = next(node for node in graph.graph.node if EMBEDDING in node.input)
     cast = next(node for node in graph.graph.node if gather.output[0] in node.input)
     assert (gather.op_type, cast.op_type) == ("Gather", "Cast")
 

@@ -99,11 +99,11 @@ def test_a_tower_that_drops_tokens(tiny_checkpoint: Path, tmp_path: Path, tensor
 @pytest.mark.parametrize(("target", "form"), [("orin-jp7", "plugin"), ("orin-jp6", "native")])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_demo_model(
-    demo_bundle: Path, tmp_path: Path, tensorrt: Any, plugin: Path, target: str, form: Form, dtype: str
+    demo_export: Path, tmp_path: Path, tensorrt: Any, plugin: Path, target: str, form: Form, dtype: str
 ) -> None:
     del tensorrt
     chosen = options(target, form, dtype, plugin=plugin)
-    manifest = build(demo_bundle.parent / "export", tmp_path / "bundle", backend="tensorrt", tensorrt=chosen)
+    manifest = build(demo_export, tmp_path / "bundle", backend="tensorrt", tensorrt=chosen)
     assert manifest.check is not None
     assert manifest.check["passed"]
 
