@@ -3,7 +3,7 @@
 ROWS8, of a float32 activation x with rows r:
 
     largest(r) = max |x(r, :)|                 ReduceMax, ReduceMin, Neg, Max
-    x8 = quantise(x / largest)                 Div, DynamicQuantizeLinear: every row now fills the range
+    x8 = quantise(x / largest)                 Div, QuantizeLinear: every row fills -127..127 around 128
     y  = (x8 @ W8) * scales * largest          MatMulIntegerToFloat, Mul
 
 ONNX Runtime's own dynamic quantisation has one scale for a whole activation, so that one row with a large value, which
@@ -33,7 +33,8 @@ EMBEDDING = "embed.weight"
 _BLOCKS = {Form.BLOCKS8: (8, 128), Form.BLOCKS4: (4, 64)}
 PREFIX = "Quantized"  # of the names of all nodes that are made here
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level
-_AXES, _SMALLEST = "quantize.axes", "quantize.smallest"  # the latter so that a row of zeros is not divided by zero
+# Constants that all activations share; the smallest magnitude, so that a row of zeros is not divided by zero.
+_AXES, _SMALLEST, _STEP, _MIDDLE = (f"quantize.{word}" for word in ("axes", "smallest", "step", "middle"))
 INT8, UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
 Made = dict[str, Callable[[], np.ndarray]]
 
@@ -94,7 +95,7 @@ class _Rewrite:
             self.pack(weight, columns8, {values: (INT8, (rows, columns)), scales: (FLOAT, (columns,))})
             self.constant(zeros, np.zeros(columns, np.int8))
         largest = self.quantize_rows(x)
-        inputs = [f"{x}.int8", values, f"{x}.scale", scales, f"{x}.zero", zeros]
+        inputs = [f"{x}.int8", values, _STEP, scales, _MIDDLE, zeros]
         self.emit("MatMulIntegerToFloat", inputs, [f"{y}.unit"], domain=MICROSOFT)
         self.emit("Mul", [f"{y}.unit", largest], [y])
 
@@ -104,12 +105,14 @@ class _Rewrite:
             self.rows[x] = largest = f"{x}.largest"
             self.constant(_AXES, np.asarray([-1], np.int64))
             self.constant(_SMALLEST, np.asarray(1e-30, np.float32))
+            self.constant(_STEP, np.asarray(1 / 127, np.float32))
+            self.constant(_MIDDLE, np.asarray(128, np.uint8))
             self.emit("ReduceMax", [x, _AXES], [f"{x}.highest"], keepdims=1)
             self.emit("ReduceMin", [x, _AXES], [f"{x}.lowest"], keepdims=1)
             self.emit("Neg", [f"{x}.lowest"], [f"{x}.depth"])
             self.emit("Max", [f"{x}.highest", f"{x}.depth", _SMALLEST], [largest])
             self.emit("Div", [x, largest], [f"{x}.even"])
-            self.emit("DynamicQuantizeLinear", [f"{x}.even"], [f"{x}.int8", f"{x}.scale", f"{x}.zero"])
+            self.emit("QuantizeLinear", [f"{x}.even", _STEP, _MIDDLE], [f"{x}.int8"])
         return self.rows[x]
 
     def blocks(self, node: onnx.NodeProto, weight: str, bits: int, block: int) -> None:

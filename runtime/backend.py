@@ -32,8 +32,8 @@ class BackendOptions:
         threads: CPU threads of one operator; None lets the engine decide.
         provider: where ONNX Runtime runs: "cpu", "cuda", or "tensorrt" with CUDA behind it. A TensorRT bundle has no
         choice.
-        spinning: idle threads wait in a busy loop. Off by default: it gains a little when nothing else runs,
-            and takes whole cores from everything else between two steps.
+        spinning: threads wait in a busy loop between runs too, not only within one. Off by default: it gains a little
+            when nothing else runs, and takes whole cores from everything else between two steps.
         batch: rows of `StepInputs`; a session uses 1.
     """
 

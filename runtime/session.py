@@ -80,7 +80,7 @@ class Session:
             tier: of a bundle with several, the one to begin in; None for its default.
             threads: CPU threads, None for the engine's choice.
             provider: of ONNX Runtime, see `BackendOptions`.
-            spinning: let idle threads spin (see `BackendOptions`).
+            spinning: let threads spin between runs too (see `BackendOptions`).
             verify: hash the files first.
             image_cache_mib: MiB of features of the last images to keep, so that an image asked about again is not
                 encoded again; 0 for none.

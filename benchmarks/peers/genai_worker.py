@@ -27,7 +27,8 @@ class Model:
         config = genai.Config(folder)
         session = {
             "intra_op_num_threads": threads,
-            "session.intra_op.allow_spinning": str(int(spinning)),
+            "session.intra_op.allow_spinning": "1",
+            "session.force_spinning_stop": str(int(not spinning)),
         }
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self._model = genai.Model(config)

@@ -9,8 +9,8 @@ figure. Both sides of the protocol are here. A message is one line of JSON:
 
 This module needs the standard library only: foreign environments import it (Python 3.10).
 
-What is not running must not take a core. ONNX Runtime's idle threads spin between runs unless told not to
-(`session.intra_op.allow_spinning`), so every session here turns that off unless --spinning asks for it on all sides.
+What is not running must not take a core. ONNX Runtime's idle threads spin between runs unless told to stop at their end
+(`session.force_spinning_stop`), as every session here is unless --spinning asks for it on all sides.
 OpenMP's threads (torch, llama.cpp) spin for a few milliseconds after a parallel region and then sleep; with
 OMP_WAIT_POLICY=passive they would sleep at once, which slows their own small regions down. So they keep their default,
 and the parent waits `SETTLE_S` before every call. Intel's OpenMP spins for 200 ms: KMP_BLOCKTIME cuts that to

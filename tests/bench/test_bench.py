@@ -107,7 +107,7 @@ def test_the_machine_and_the_bundles_are_described(data: dict, tiny_bundle: Path
     assert one["average_visual_tokens"] == manifest.average_visual_tokens
     assert one["checkpoint_sha256"] == manifest.checkpoint_sha256
     assert one["versions"] == manifest.versions
-    assert one["engine"]["spinning"] == "off"
+    assert one["engine"]["spinning"] == "within a run"
     assert data["versions"].keys() >= {"reroute", "python", "numpy"}
     assert data["settings"]["text"] == [9, 20]
     assert set(data["boundary"]) == {*QUANTITIES, *one["memory"], "load_ms", "excluded"} == set(BOUNDARY)

@@ -168,9 +168,9 @@ def test_options_reach_the_engine(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     described = open_backend(bundle, BackendOptions(threads=1)).describe()
     assert described["threads"] == "1"
-    assert described["spinning"] == "off"
+    assert described["spinning"] == "within a run"
     assert described["provider"] == "CPUExecutionProvider"
-    assert open_backend(bundle, BackendOptions(spinning=True)).describe()["spinning"] == "on"
+    assert open_backend(bundle, BackendOptions(spinning=True)).describe()["spinning"] == "always"
 
 
 def test_batch_rows_are_independent(tiny_bundle: Path) -> None:

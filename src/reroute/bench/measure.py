@@ -1,8 +1,8 @@
 """Many repetitions of many candidates in one process, interleaved, and the memory of each in processes of their own.
 
 All bundles are loaded at once, so that a round can run them one after the other, in a new random order each time. They
-do not disturb each other: their threads do not spin (`BackendOptions.spinning`), so an engine that is not running takes
-no core.
+do not disturb each other: their threads spin within a run only (`BackendOptions.spinning`), so an engine that is not
+running takes no core.
 """
 
 from __future__ import annotations
