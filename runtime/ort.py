@@ -249,7 +249,7 @@ class OrtBackend:
         go, so that weights are in memory once. Without it they are the mapped pages, no fewer, and a step is slower.
         """
         options = self._ort.SessionOptions()
-        # Within a run threads wait for the next operator in a busy loop, which is much faster than to be woken for each;
+        # Within a run threads wait for the next operator in a busy loop, which is faster than to be woken for each;
         # at its end they stop, so that a session that does nothing takes no core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", str(int(not self._options.spinning)))

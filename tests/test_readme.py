@@ -42,6 +42,7 @@ def test_there_are_commands_to_check() -> None:
         "check",
         "inspect",
         "doctor",
+        "tune",
     }
 
 

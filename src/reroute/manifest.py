@@ -368,9 +368,9 @@ class Manifest:
     estimates: dict[str, float]
     versions: dict[str, str]
     check: dict[str, Any] | None = field(default=None)
+    profile: str = "fp32"
     lowering: Lowering | None = None
     engine: EngineBuild | None = None
-    profile: str = "fp32"
     tier: str = ""
     tiers: dict[str, Tier] = field(default_factory=dict)
 

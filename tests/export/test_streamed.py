@@ -61,8 +61,9 @@ def test_peak_memory_does_not_hold_the_weights(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors"))
     assert len(list((tmp_path / "large").glob("*.safetensors"))) > 2
     assert size > 140 * MIB
-    # Held in float32 they would be 2 * size; the reference's matrices of 32 MiB come and go.
-    assert peaks["large"] - peaks["small"] < 0.7 * size
+    # The reference's matrices of 32 MiB come and go, about 0.7 * size at the worst moment. Held in 16 bits the weights
+    # would add 1 * size to that, in float32 2 * size.
+    assert peaks["large"] - peaks["small"] < size
     exported = (tmp_path / "large-export" / "decoder.onnx.data").stat().st_size
     assert exported == pytest.approx(size, rel=0.02)
 
