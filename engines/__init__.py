@@ -33,8 +33,8 @@ from reroute.manifest import Manifest, Part, file_table
 from reroute.tiers import require_one_tier
 
 if TYPE_CHECKING:
-    from reroute.check import CheckRow
     from reroute.engines import build_engine  # run as a module, it must not be imported by its package
+    from reroute.parity import CheckRow
 
 BACKENDS = ("ort", "tensorrt")
 Progress = Callable[[str], None]

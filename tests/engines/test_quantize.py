@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,19 @@ def test_a_profile_that_moves_the_tokens_is_not_written(
             profile="int4",
             evaluate=compare_on(SceneSet(grounding=40, vqa=0, split="validation")),
         )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_quantisation_fails_the_check(demo_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def wrong(weight: np.ndarray) -> Any:
+        packed = columns8(weight)
+        return dataclasses.replace(
+            packed, scales=packed.scales * np.linspace(0.5, 1.5, len(packed.scales)).astype("f4")
+        )
+
+    monkeypatch.setattr("reroute.engines.quantize.columns8", wrong)
+    with pytest.raises(GateError, match="cosine"):
+        build(demo_export, tmp_path / "bundle", profile="int8")
     assert list(tmp_path.iterdir()) == []
 
 

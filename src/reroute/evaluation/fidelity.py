@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from reroute.check import CheckRow
 from reroute.evaluation.questions import Question, QuestionSet
 from reroute.evaluation.runner import Engine, writing_of
 from reroute.gates import QUESTION_SLOTS
 from reroute.manifest import Model
+from reroute.parity import CheckRow
 from reroute.runtime import Answer
 
 
