@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.shared.worker import SETTLE_S
 from reroute.runtime.backend import Backend, BackendOptions, StepOutputs, open_backend
 from reroute.runtime.bundle import Bundle
 from reroute.runtime.layout import Layout, lay_out
@@ -104,6 +105,7 @@ class OwnEngine:
         embeds = VisualTokens(embeds=prompt.embeds[None].astype(self.manifest.dtype)) if visual else None
         self.backend.reset()
         inputs = self._positions.inputs(layout, embeds, self.backend.lengths)
+        time.sleep(SETTLE_S)  # as before a worker's call: threads of the one before may still spin
         start = time.perf_counter()
         outputs = self.backend.step(inputs)
         return (time.perf_counter() - start) * 1e3, outputs
@@ -111,6 +113,7 @@ class OwnEngine:
     def decode(self, words: list[int]) -> tuple[float, np.ndarray]:
         """Run one step for each word after what is in the caches; mean milliseconds, and the last logits [V]."""
         total, outputs = 0.0, None
+        time.sleep(SETTLE_S)
         for word in words:
             inputs = self._positions.inputs(Layout.of_text([word]), None, self.backend.lengths)
             start = time.perf_counter()
