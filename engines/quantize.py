@@ -112,7 +112,8 @@ class _Rewrite:
             self.emit("Neg", [f"{x}.lowest"], [f"{x}.depth"])
             self.emit("Max", [f"{x}.highest", f"{x}.depth", _SMALLEST], [largest])
             self.emit("Div", [x, largest], [f"{x}.even"])
-            self.emit("QuantizeLinear", [f"{x}.even", _STEP, _MIDDLE], [f"{x}.int8"])
+            # Of the domain com.microsoft, because ONNX Runtime 1.23 has no kernel of the standard one in opset 23.
+            self.emit("QuantizeLinear", [f"{x}.even", _STEP, _MIDDLE], [f"{x}.int8"], domain=MICROSOFT)
         return self.rows[x]
 
     def blocks(self, node: onnx.NodeProto, weight: str, bits: int, block: int) -> None:

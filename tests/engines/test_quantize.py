@@ -178,6 +178,8 @@ def test_every_matrix_is_in_the_bundle_once_and_no_other_is_left_wide(name: str,
     manifest = build(tiny_export, tmp_path / "bundle", profile=name, check=False)
     assert manifest.profile == {"int8": "int8", "int4": "int4:1"}[name]
     graph = onnx.load(tmp_path / "bundle" / "decoder.onnx", load_external_data=False).graph
+    # ONNX Runtime 1.23 (Python 3.10, JetPack 6) has no kernel of the standard operator in opset 23.
+    assert {node.domain for node in graph.node if node.op_type == "QuantizeLinear"} <= {"com.microsoft"}
     stored = [tensor.name for tensor in graph.initializer]
     assert len(stored) == len(set(stored))
     for layer in range(6):
