@@ -48,6 +48,14 @@ def test_prefill() -> None:
     assert ", ".join(f"{speedups[tier]:.1f}x" for tier in ("192", "128")) + f" and {speedups['64']:.1f}x" in text
 
 
+def test_scaling() -> None:
+    cells = result("scaling")["visual"]["cells"]
+    found = {cell["candidate"]: cell["summary"]["prefill_ms"]["median"] for cell in cells if cell["size"] == 2304}
+    routed, dense = f"{found['own int8, 64']:,.0f}", f"{found['own int8, dense']:,.0f}"
+    text = re.sub(r"\s+", " ", README)
+    assert f"int8 takes {routed} ms for 2,304 visual tokens, dense {dense}" in text
+
+
 def test_decode() -> None:
     found = medians("decode", "decode_ms")
     names = {
