@@ -24,9 +24,8 @@ DOMAIN_VERSION = 1
 
 _HEADER = f'<opset_import: ["": {OPSET}], domain: "{DOMAIN}">'
 
-# Scores of the last row: queries grouped by key/value head, fp32 softmax over all rows, mean over heads. TopK breaks
-# ties toward the lower index, and the candidates ascend, so the lower slot wins.
-_SCORES = """\
+# Sizes that queries are grouped by key/value head with.
+_HEADS = """\
     zero = Constant <value_ints = [0]> ()
     rest = Constant <value_ints = [-1]> ()
     heads_value = Constant <value_int: int = @num_heads> ()
@@ -34,7 +33,12 @@ _SCORES = """\
     groups_value = Constant <value_int: int = @num_kv_heads> ()
     groups = Reshape (groups_value, rest)
     share = Div (heads, groups)
-    q_shape = Concat <axis = 0> (zero, groups, share, rest)
+"""
+
+# Scores of the last row: queries grouped by key/value head, fp32 softmax over all rows, mean over heads. TopK breaks
+# ties toward the lower index, and the candidates ascend, so the lower slot wins.
+_SCORES = f"""\
+{_HEADS}    q_shape = Concat <axis = 0> (zero, groups, share, rest)
     q_low = Reshape (q_last, q_shape)
     q = Cast <to = 1> (q_low)
     k_shape = Concat <axis = 0> (zero, zero, groups, rest)
@@ -118,14 +122,7 @@ RerouteSelectPools <keep, whole, num_heads, num_kv_heads, scale>(q_last, keys, c
 VOTES = f"""{_HEADER}
 RerouteVotes <num_heads, num_kv_heads, scale, largest>(q, keys) => (votes)
 {{
-    zero = Constant <value_ints = [0]> ()
-    rest = Constant <value_ints = [-1]> ()
-    heads_value = Constant <value_int: int = @num_heads> ()
-    heads = Reshape (heads_value, rest)
-    groups_value = Constant <value_int: int = @num_kv_heads> ()
-    groups = Reshape (groups_value, rest)
-    share = Div (heads, groups)
-    q_shape = Concat <axis = 0> (zero, zero, groups, share, rest)
+{_HEADS}    q_shape = Concat <axis = 0> (zero, zero, groups, share, rest)
     q_heads = Reshape (q, q_shape)
     q_low = Transpose <perm = [0, 2, 3, 1, 4]> (q_heads)
     q_wide = Cast <to = 1> (q_low)

@@ -92,7 +92,7 @@ def build(args: argparse.Namespace) -> int:
         progress=progress,
         tensorrt=tensorrt,
         profile=args.profile,
-        evaluate=_evaluation(args) if args.evaluate else None,
+        evaluate=_evaluation(args),
     )
     if manifest.kind == "lowered":
         plugin = " --plugin LIBRARY" if manifest.lowering and manifest.lowering.plugin_nodes else ""
@@ -104,13 +104,23 @@ def build(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _evaluation(args: argparse.Namespace) -> Evaluate:
-    """How `build --evaluate` compares two bundles. Raises UserError for questions that there are not."""
-    from reroute.evaluation.command import question_set
+def _evaluation(args: argparse.Namespace) -> Evaluate | None:
+    """How `build --evaluate` compares two bundles; None without it.
+
+    Raises UserError for questions that there are not, and for options of questions that nobody would ask.
+    """
+    from reroute.evaluation.command import DATA_OPTIONS, SCENE_OPTIONS, SCENES, question_set
+
+    if not args.evaluate:
+        given = [name for name in (*SCENE_OPTIONS, *DATA_OPTIONS) if getattr(args, name) is not None]
+        if given or args.set != SCENES:
+            name = given[0].replace("_", "-") if given else "set"
+            raise UserError(f"--{name} has no meaning without --evaluate", hint="add --evaluate, or leave it out")
+        return None
     from reroute.evaluation.fidelity import fidelity
     from reroute.runtime import Session
 
-    if args.set == "scenes":
+    if args.set == SCENES:
         # Enough for the gate, and not the held-out scenes, which are for scores.
         for name, value in (("grounding", 200), ("vqa", 200), ("split", "validation")):
             if getattr(args, name) is None:

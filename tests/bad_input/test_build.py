@@ -86,6 +86,12 @@ def test_unknown_backend(name: str, exported: Path, refused: Refused) -> None:
     refused("build", exported, "--backend", name, says=[f"unknown backend {name!r}", "supported: ort"])
 
 
+@pytest.mark.parametrize(("option", "value"), [("--grounding", "5"), ("--dataset-split", "val"), ("--set", "refcoco")])
+def test_questions_that_nobody_asks(option: str, value: str, exported: Path, tmp_path: Path, refused: Refused) -> None:
+    arguments = ["build", exported, "-o", tmp_path / "out", "--profile", "int8", option, value]
+    refused(*arguments, says=[f"{option} has no meaning without --evaluate"])
+
+
 def test_output_exists(exported: Path, bundle: Path, refused: Refused) -> None:
     refused("build", exported, "-o", bundle, says=["exists already", "--force"])
 

@@ -32,8 +32,8 @@ KIND = "evaluation"
 JSON_NAME, MARKDOWN_NAME = "eval.json", "eval.md"
 SCENES = "scenes"
 # Options that have a meaning for generated scenes only, and those for a dataset on disk only.
-_SCENE_OPTIONS = ("grounding", "vqa", "objects", "seed", "split")
-_DATA_OPTIONS = ("data", "images", "dataset_split", "protocol", "limit")
+SCENE_OPTIONS = ("grounding", "vqa", "objects", "seed", "split")
+DATA_OPTIONS = ("data", "images", "dataset_split", "protocol", "limit")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,7 +106,7 @@ def question_set(args: argparse.Namespace, boxes: Boxes = "shares") -> QuestionS
 
     if args.set != SCENES and args.set not in DATASETS:
         raise UserError(f"unknown question set {args.set!r}", hint=nearest(args.set, (SCENES, *DATASETS)))
-    foreign = _DATA_OPTIONS if args.set == SCENES else _SCENE_OPTIONS
+    foreign = DATA_OPTIONS if args.set == SCENES else SCENE_OPTIONS
     for name in foreign:
         if getattr(args, name) is not None:
             raise UserError(
@@ -116,7 +116,7 @@ def question_set(args: argparse.Namespace, boxes: Boxes = "shares") -> QuestionS
     if args.set == SCENES:
         from reroute.evaluation.scenes import SceneSet
 
-        given = {name: value for name in _SCENE_OPTIONS if (value := getattr(args, name)) is not None}
+        given = {name: value for name in SCENE_OPTIONS if (value := getattr(args, name)) is not None}
         if "objects" in given:
             given["objects"] = parse_objects(given["objects"])
         return SceneSet(**given, boxes=boxes)
