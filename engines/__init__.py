@@ -15,6 +15,7 @@ lowered, so that `python -m reroute.engines.build_engine` works without it.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib.metadata
 import platform
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from reroute.parity import CheckRow
 
 BACKENDS = ("ort", "tensorrt")
+KERNELS_FILE = "reroute_kernels.so"
 Progress = Callable[[str], None]
 
 
@@ -80,6 +82,7 @@ def build(
     progress: Progress | None = None,
     tensorrt: TensorRTOptions | None = None,
     profile: str = "fp32",
+    kernels: Path | None = None,
     evaluate: Evaluate | None = None,
 ) -> Manifest:
     """Build an engine bundle.
@@ -93,6 +96,8 @@ def build(
         progress: is told what happens next.
         tensorrt: with the backend "tensorrt", what to build for.
         profile: with the backend "ort", what the weights become (see `reroute.engines.profiles`).
+        kernels: with a quantised profile, the library of plugins_cpp/onnxruntime that multiplies; the bundle gets a
+            copy.
         evaluate: with a quantised profile, asks the float32 bundle and this one the same questions; part of the check.
 
     Raises:
@@ -118,6 +123,8 @@ def build(
     chosen = profile_named(profile)
     if chosen.quantized and backend != "ort":
         raise UserError(f"the profile {profile} is for ONNX Runtime", hint="leave --profile out for TensorRT")
+    if kernels is not None:
+        require_kernels(kernels, chosen, backend)
     if evaluate is not None and not (chosen.quantized and check):
         raise UserError(
             "only a quantised engine that is checked is compared with float32", hint="add --profile int8 or int4"
@@ -131,16 +138,44 @@ def build(
             if check and bundle.kind == "bundle":
                 bundle = _checked(folder, bundle, tell)
         elif evaluate is None:
-            bundle = _build_ort(export_dir, manifest, folder, chosen, tell)
+            bundle = _build_ort(export_dir, manifest, folder, chosen, tell, kernels)
             bundle.save(folder)
             bundle = _checked(folder, bundle, tell) if check else bundle
         else:
-            bundle = _build_measured(export_dir, manifest, folder, chosen, evaluate, tell)
+            bundle = _build_measured(export_dir, manifest, folder, chosen, evaluate, tell, kernels)
     return bundle
 
 
+def require_kernels(library: Path, profile: Profile, backend: str) -> None:
+    """Refuse a library that the engine would not use, or that is none. Raises UserError."""
+    if backend != "ort" or not profile.quantized:
+        raise UserError(
+            "--kernels has no meaning without a quantised profile", hint="add --profile int8 or int4, or leave it out"
+        )
+    if not library.is_file():
+        raise UserError(f"there is no library {library}", hint="plugins_cpp/README.md says how to build it")
+    try:
+        instructions = ctypes.CDLL(str(library.resolve())).reroute_rows8_instructions
+    except (OSError, AttributeError) as error:
+        raise UserError(
+            f"{library} is not the library of kernels: {error}", hint="give libreroute_onnxruntime.so of this machine"
+        ) from error
+    instructions.restype = ctypes.c_char_p
+    if instructions() == b"portable":
+        raise UserError(
+            "this processor has no AVX-512 VNNI: the kernels would be slower than ONNX Runtime's own operators",
+            hint="leave --kernels out",
+        )
+
+
 def _build_measured(
-    export_dir: Path, manifest: Manifest, folder: Path, profile: Profile, evaluate: Evaluate, tell: Progress
+    export_dir: Path,
+    manifest: Manifest,
+    folder: Path,
+    profile: Profile,
+    evaluate: Evaluate,
+    tell: Progress,
+    kernels: Path | None,
 ) -> Manifest:
     """The first rung of a profile that meets the gates, also those of the questions. Raises GateError if none does."""
     with tempfile.TemporaryDirectory(prefix=".float32.", dir=folder.parent) as name:
@@ -149,7 +184,7 @@ def _build_measured(
         _build_ort(export_dir, manifest, base, profile_named("fp32"), lambda _: None).save(base)
         ladder = profile.ladder
         for rung in ladder:
-            bundle = _build_ort(export_dir, manifest, folder, rung, tell)
+            bundle = _build_ort(export_dir, manifest, folder, rung, tell, kernels)
             bundle.save(folder)
             try:
                 return _checked(folder, bundle, tell, lambda: evaluate(base, folder))
@@ -184,11 +219,19 @@ def _checked(
     return bundle
 
 
-def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, profile: Profile, tell: Progress) -> Manifest:
+def _build_ort(
+    export_dir: Path,
+    manifest: Manifest,
+    folder: Path,
+    profile: Profile,
+    tell: Progress,
+    kernels: Path | None = None,
+) -> Manifest:
     import contextlib
 
     import onnx
 
+    from reroute.engines.branches import sink
     from reroute.engines.lower import lower
     from reroute.engines.quantize import quantize
     from reroute.engines.tiers import take_budgets
@@ -209,13 +252,18 @@ def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, profile: Prof
             if name == "decoder" and manifest.tiers:
                 neutral, parts[name] = take_budgets(neutral, manifest)
             graph, made = lower(neutral, "ort"), None
+            sink(graph.graph)
             if name == "decoder" and profile.quantized:
                 tell(f"quantising the decoder to {profile.label}")
-                made = quantize(graph, weights, profile, manifest.schedule)
+                made = quantize(graph, weights, profile, manifest.schedule, kernels=kernels is not None)
             files[data[name]].take(graph, weights, made)
             onnx.save(graph, folder / parts[name].file)
     for part in parts.values():
         validate(folder / part.file, part)
+    if kernels is not None:
+        # A rung before may have loaded it, and what is mapped must not be written over.
+        shutil.copyfile(kernels, folder / f"{KERNELS_FILE}.new")
+        (folder / f"{KERNELS_FILE}.new").replace(folder / KERNELS_FILE)
     versions = {**_versions(manifest), "build.onnxruntime": _onnxruntime_version()}
     stored = sum((folder / file).stat().st_size for file in data.values())
     return dataclasses.replace(
@@ -223,6 +271,7 @@ def _build_ort(export_dir: Path, manifest: Manifest, folder: Path, profile: Prof
         kind="bundle",
         backend="ort",
         profile=profile.label,
+        kernels="" if kernels is None else KERNELS_FILE,
         parts=parts,
         files=file_table(folder),
         versions=versions,
@@ -284,6 +333,9 @@ def validate(path: Path, part: Part) -> None:
     """Check a lowered graph on disk: onnx's checker (weights included), and the I/O table. Raises RerouteError."""
     import onnx
 
+    from reroute.engines.dialects.ort import register_schemas
+
+    register_schemas()
     onnx.checker.check_model(str(path))
     graph = onnx.load(path, load_external_data=False).graph
     for values, table, what in ((graph.input, part.inputs, "input"), (graph.output, part.outputs, "output")):

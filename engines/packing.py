@@ -17,7 +17,7 @@ class Columns8:
     """Signed int8 with a scale for each column.
 
     Attributes:
-        values: int8 [K, N].
+        values: int8 [K, N]; of `blocked8` uint8 in blocks.
         scales: float32 [N].
     """
 
@@ -49,6 +49,39 @@ def columns8(weight: np.ndarray) -> Columns8:
         values[:, start : start + _COLUMNS] = np.rint(part / scale)
         scales[start : start + _COLUMNS] = scale
     return Columns8(values=values, scales=scales)
+
+
+def blocked8(weight: np.ndarray) -> Columns8:
+    """`columns8` as plugins_cpp/include/reroute/rows8.h reads it: uint8 [ceil(N / 16), ceil(K / 4), 64] around 128.
+
+    A block holds 16 columns of 4 rows, the rows of a column together. K and N are filled up with the middle.
+    """
+    plain = columns8(weight)
+    rows, columns = weight.shape
+    tall, wide = -(-rows // 4), -(-columns // 16)
+    values = np.full((tall * 4, wide * 16), 128, np.uint8)
+    values[:rows, :columns] = plain.values.view(np.uint8) ^ 128  # + 128
+    ordered = values.reshape(tall, 4, wide, 16).transpose(2, 0, 3, 1)
+    return Columns8(values=np.ascontiguousarray(ordered).reshape(wide, tall, 64), scales=plain.scales)
+
+
+def blocked4(weight: np.ndarray) -> np.ndarray:
+    """`blocks` of 4 bits and 64 rows as plugins_cpp/include/reroute/rows8.h reads them: uint8 [ceil(N / 16), B, 576].
+
+    A block holds 16 columns of 64 rows: 8 times 64 bytes, whose low halves are 4 rows and whose high halves the next 4,
+    then the scales.
+    """
+    plain = blocks(weight, bits=4, block=64)
+    columns, count = plain.values.shape[:2]
+    wide = -(-columns // 16)
+    halves = np.full((wide * 16, count, 64), 8, np.uint8)
+    halves[:columns, :, 0::2], halves[:columns, :, 1::2] = plain.values & 15, plain.values >> 4
+    scales = np.zeros((wide * 16, count), np.float32)
+    scales[:columns] = plain.scales.reshape(columns, count)
+    rows = halves.reshape(wide, 16, count, 8, 2, 4)
+    pairs = (rows[..., 0, :] | rows[..., 1, :] << 4).transpose(0, 2, 3, 1, 4).reshape(wide, count, 512)
+    steps = np.ascontiguousarray(scales.reshape(wide, 16, count).transpose(0, 2, 1)).view(np.uint8)
+    return np.concatenate([pairs, steps], axis=-1)
 
 
 def blocks(weight: np.ndarray, *, bits: int, block: int) -> Blocks:

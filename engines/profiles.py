@@ -15,8 +15,10 @@ single tokens alike. The vision tower stays float32 in all of them: it runs once
 is ranked comes from it.
 
 Which tokens a decision keeps depends on small differences of scores, so a profile must not disturb the rows that are
-ranked. Scores themselves are float32, of float32 matrices. With 4 bits, how many layers before the decisions have to
-keep 8 depends on the model and the schedule, so int4 is a ladder of rules, each more careful than the one before:
+ranked. Scores themselves are float32, of float32 matrices: the keys of all rows, and the query of the last row. The
+queries that attend in a scoring layer are quantised as in any other, so this matrix alone is there in two forms. With
+4 bits, how many layers before the decisions have to keep 8 depends on the model and the schedule, so int4 is a ladder
+of rules, each more careful than the one before:
 
 | rung | 8 bits |
 |---|---|
@@ -106,8 +108,14 @@ class Profile:
         """What to try in turn when it is measured whether a rung is careful enough."""
         return (self,) if self.chosen else tuple(replace(self, rung=rung) for rung in range(len(self.rungs)))
 
-    def form_of(self, weight: str, schedule: Schedule) -> Form:
-        """Form of a decoder's matrix, by the name of its initializer."""
+    def form_of(self, weight: str, schedule: Schedule, *, scores: bool = True) -> Form:
+        """Form of a decoder's matrix, by the name of its initializer.
+
+        Args:
+            weight: the initializer.
+            schedule: says which layers score.
+            scores: of a scoring layer's queries: whether this product makes the one that scores.
+        """
         if not self.rungs:
             return Form.FLOAT
         if weight == "lm_head.weight":
@@ -116,7 +124,7 @@ class Profile:
         if found is None:
             return Form.FLOAT
         layer, part = int(found[1]), found[2]
-        if layer in schedule.scoring_layers and part in ("q_proj", "k_proj"):
+        if layer in schedule.scoring_layers and (part == "k_proj" or (part == "q_proj" and scores)):
             return Form.FLOAT
         return self.rungs[self.rung](layer, part, schedule)
 

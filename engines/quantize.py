@@ -2,17 +2,26 @@
 
 ROWS8, of a float32 activation x with rows r:
 
-    largest(r) = max |x(r, :)|                 ReduceMax, ReduceMin, Neg, Max
-    x8 = quantise(x / largest)                 Div, QuantizeLinear: every row fills -127..127 around 128
-    y  = (x8 @ W8) * scales * largest          MatMulIntegerToFloat, Mul
+    step(r) = max |x(r, :)| / 127              ReduceMax, ReduceMin, Neg, Max, Mul: small, one number for each row
+    x8 = quantise(x, step)                     QuantizeLinear, a block for each row: it fills -127..127 around 128
+    y  = (x8 @ W8) * scales * step             MatMulIntegerToFloat, Mul
 
 ONNX Runtime's own dynamic quantisation has one scale for a whole activation, so that one row with a large value, which
 decoders have at their first tokens (arXiv 2402.17762), costs all others their precision. Projections that read the
-same activation share its quantised form. BLOCKS8 and BLOCKS4 are MatMulNBits with int8 activations (accuracy level 4).
+same activation share its quantised form. Activations are unsigned around 128 because signed ones have no VNNI kernel.
+Of a gated MLP, the product with the steps of `up` waits: it is one number for each row, so that it can follow behind
+`down`, where rows are narrow.
+
+BLOCKS8 and BLOCKS4 are MatMulNBits with int8 activations (accuracy level 4).
+
+With the kernels of plugins_cpp a product is one node, which quantises rows as it goes, and so is a gated MLP whose
+three matrices have equal bits: `Linear8`, `Mlp8` (ROWS8, and in place of BLOCKS8), `Linear4`, `Mlp4` (the weights of
+BLOCKS4, activations with a step for each row). The output matrix stays BLOCKS8.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +30,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from reroute.engines.packing import Blocks, Columns8, blocks, columns8
+from reroute.engines.branches import names_inside, names_read
+from reroute.engines.gated import GatedMlp, gated_mlps
+from reroute.engines.packing import Blocks, Columns8, blocked4, blocked8, blocks, columns8
 from reroute.engines.profiles import Form, Profile
 from reroute.engines.weights import Weights
 from reroute.engines.widen import FLOAT, NARROW, set_nodes
@@ -29,17 +40,25 @@ from reroute.errors import RerouteError
 from reroute.schedule import Schedule
 
 MICROSOFT = "com.microsoft"
-EMBEDDING = "embed.weight"
+KERNELS = "reroute.cpu"  # the domain of plugins_cpp/onnxruntime
+EMBEDDING, OUTPUT = "embed.weight", "lm_head.weight"
 _BLOCKS = {Form.BLOCKS8: (8, 128), Form.BLOCKS4: (4, 64)}
 PREFIX = "Quantized"  # of the names of all nodes that are made here
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level
-# Constants that all activations share; the smallest magnitude, so that a row of zeros is not divided by zero.
-_AXES, _SMALLEST, _STEP, _MIDDLE = (f"quantize.{word}" for word in ("axes", "smallest", "step", "middle"))
+# Constants that all activations share; the smallest step, so that a row of zeros is not divided by zero.
+_AXES, _SMALLEST, _LEVELS, _ONE, _MIDDLE = (
+    f"quantize.{word}" for word in ("axes", "smallest", "levels", "one", "middle")
+)
+# ONNX Runtime 1.23, the last for Python 3.10 (JetPack 6), has no kernel of QuantizeLinear in opset 23; its dialect's
+# other operators are all in this one.
+_OPSET = 21
 INT8, UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
 Made = dict[str, Callable[[], np.ndarray]]
 
 
-def quantize(model: onnx.ModelProto, weights: Weights, profile: Profile, schedule: Schedule) -> Made:
+def quantize(
+    model: onnx.ModelProto, weights: Weights, profile: Profile, schedule: Schedule, *, kernels: bool = False
+) -> Made:
     """Give the matrices of a lowered decoder their forms, in place.
 
     Args:
@@ -47,6 +66,7 @@ def quantize(model: onnx.ModelProto, weights: Weights, profile: Profile, schedul
         weights: of the graph that it came from.
         profile: which forms.
         schedule: where scores are made.
+        kernels: products are nodes of the domain `KERNELS`.
 
     Returns:
         The new initializers: what makes them, to be called once, when they are written.
@@ -54,36 +74,117 @@ def quantize(model: onnx.ModelProto, weights: Weights, profile: Profile, schedul
     if not profile.quantized:
         return {}
     graph = model.graph
-    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and tensor.data_type == FLOAT}
-    work = _Rewrite(graph, weights)
+    work = _Rewrite(graph, weights, profile, schedule, kernels=kernels)
     for node in graph.node:
-        weight = node.input[1] if node.op_type == "MatMul" and len(node.input) == 2 else ""
-        form = profile.form_of(weight, schedule) if weight in matrices else Form.FLOAT
+        if node.output[0] in work.fused:
+            continue
+        if node.output[0] in work.gated:
+            work.mlp(work.gated[node.output[0]])
+            continue
+        form = work.form_of(node)
         if form is Form.FLOAT:
-            work.nodes.append(node)
+            work.keep(node)
+        elif bits := work.bits_of(node):
+            work.linear(node, bits)
         elif form is Form.ROWS8:
-            work.rows8(node, weight)
+            work.rows8(node, node.input[1])
         else:
-            work.blocks(node, weight, *_BLOCKS[form])
+            work.blocks(node, node.input[1], *_BLOCKS[form])
     work.narrow_embedding()
     work.finish()
-    if not any(entry.domain == MICROSOFT for entry in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    for entry in model.opset_import:
+        if entry.domain == "":
+            entry.version = min(entry.version, _OPSET)
+    known = {entry.domain for entry in model.opset_import}
+    for domain in (MICROSOFT, *((KERNELS,) if kernels else ())):
+        if domain not in known:
+            model.opset_import.append(helper.make_opsetid(domain, 1))
     return work.made
 
 
 class _Rewrite:
     """The nodes and initializers of a graph as they become."""
 
-    def __init__(self, graph: onnx.GraphProto, weights: Weights) -> None:
+    def __init__(
+        self, graph: onnx.GraphProto, weights: Weights, profile: Profile, schedule: Schedule, *, kernels: bool
+    ) -> None:
         self.graph, self.weights = graph, weights
+        self.profile, self.schedule, self.kernels = profile, schedule, kernels
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: list[onnx.TensorProto] = []
         self.made: Made = {}
         self.shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        self.matrices = {
+            tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and tensor.data_type == FLOAT
+        }
+        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in graph.node:
+            for name in names_read(node):
+                self.readers[name].append(node)
+        # Branches stay as they are: there a decision makes its scores.
+        self.inside = {name for node in graph.node for name in names_inside(node)}
+        self.outputs = {value.name for value in graph.output}
         self.replaced: set[str] = set()
-        self.rows: dict[str, str] = {}  # activations that are there in int8, and the magnitudes of their rows
+        self.rows: dict[str, str] = {}  # activations that are there in int8, and the steps of their rows
+        self.waiting: dict[str, tuple[str, str]] = {}  # products whose steps wait: the product without, the steps
+        self.owed: dict[str, str] = {}  # activations that lack the steps of the row, and those steps
         self.packed: tuple[str, Columns8 | Blocks] | None = None  # the matrix that was packed last
+        self.gated: dict[str, GatedMlp] = {}  # by the last of their nodes, and what the others make
+        self.fused: set[str] = set()
+        if kernels:
+            self.gated = gated_mlps(graph, self.bits_of)
+            self.fused = {name for mlp in self.gated.values() for name in mlp.inner}
+
+    def bits_of(self, node: onnx.NodeProto) -> int:
+        """Bits of a product's weights in the kernels; 0 for what they do not do."""
+        form = self.form_of(node)
+        if not self.kernels or form is Form.FLOAT or node.input[1] == OUTPUT:
+            return 0
+        return 4 if form is Form.BLOCKS4 else 8
+
+    def mlp(self, mlp: GatedMlp) -> None:
+        """A gated MLP as one node of the kernels."""
+        bits = self.bits_of(mlp.down)
+        inputs = [mlp.gate.input[0]]
+        for node in (mlp.gate, mlp.up, mlp.down):
+            inputs += self.kernel_weight(node.input[1], bits)
+        (inner, hidden), (_, outer) = self.shapes[mlp.gate.input[1]], self.shapes[mlp.down.input[1]]
+        self.emit(f"Mlp{bits}", inputs, list(mlp.down.output), domain=KERNELS, K=inner, F=hidden, N=outer)
+
+    def linear(self, node: onnx.NodeProto, bits: int) -> None:
+        """x @ W as one node of the kernels."""
+        rows, columns = self.shapes[node.input[1]]
+        inputs = [node.input[0], *self.kernel_weight(node.input[1], bits)]
+        self.emit(f"Linear{bits}", inputs, list(node.output), domain=KERNELS, K=rows, N=columns)
+
+    def kernel_weight(self, weight: str, bits: int) -> list[str]:
+        """Names of a matrix's initializers as the kernels read it."""
+        values, scales = f"{weight}.int{bits}", f"{weight}.scales"
+        if weight not in self.replaced:
+            self.replaced.add(weight)
+            rows, columns = self.shapes[weight]
+            wide = -(-columns // 16)
+            if bits == 8:
+                made = {values: (UINT8, (wide, -(-rows // 4), 64)), scales: (FLOAT, (columns,))}
+                self.pack(weight, blocked8, made)
+            else:
+                self.tensors.append(onnx.TensorProto(name=values, data_type=UINT8, dims=(wide, -(-rows // 64), 576)))
+                self.made[values] = lambda: blocked4(self.weights.read(weight))
+        return [values, scales] if bits == 8 else [values]
+
+    def form_of(self, node: onnx.NodeProto) -> Form:
+        """What becomes of a node: FLOAT is as it is."""
+        if node.op_type != "MatMul" or len(node.input) != 2 or node.input[1] not in self.matrices:
+            return Form.FLOAT
+        weight = node.input[1]
+        return self.profile.form_of(weight, self.schedule, scores=weight not in self.inside)
+
+    def keep(self, node: onnx.NodeProto) -> None:
+        """A node as it is, but that it reads a product whose steps wait without them, and owes them."""
+        for place, name in enumerate(node.input):
+            if name in self.waiting:
+                node.input[place], self.owed[node.output[0]] = self.waiting[name]
+        self.nodes.append(node)
 
     def rows8(self, node: onnx.NodeProto, weight: str) -> None:
         """x @ W as ROWS8."""
@@ -94,26 +195,49 @@ class _Rewrite:
             self.replaced.add(weight)
             self.pack(weight, columns8, {values: (INT8, (rows, columns)), scales: (FLOAT, (columns,))})
             self.constant(zeros, np.zeros(columns, np.int8))
-        largest = self.quantize_rows(x)
-        inputs = [f"{x}.int8", values, _STEP, scales, _MIDDLE, zeros]
+        steps = self.quantize_rows(x, rows)
+        inputs = [f"{x}.int8", values, _ONE, scales, _MIDDLE, zeros]
         self.emit("MatMulIntegerToFloat", inputs, [f"{y}.unit"], domain=MICROSOFT)
-        self.emit("Mul", [f"{y}.unit", largest], [y])
+        if self.can_wait(y):
+            self.waiting[y] = f"{y}.unit", steps
+        else:
+            self.emit("Mul", [f"{y}.unit", steps], [y])
 
-    def quantize_rows(self, x: str) -> str:
-        """The int8 form of an activation, made once; returns the name of its rows' magnitudes, [..., 1]."""
+    def can_wait(self, y: str) -> bool:
+        """Whether all that becomes of y is one product, which only matrices in ROWS8 read."""
+        if len(self.readers[y]) != 1 or y in self.outputs:
+            return False
+        product = self.readers[y][0]
+        name = product.output[0]
+        return (
+            product.op_type == "Mul"
+            and list(product.input).count(y) == 1
+            and not any(other in self.waiting for other in product.input)
+            and name not in self.outputs
+            and all(self.form_of(reader) is Form.ROWS8 for reader in self.readers[name])
+        )
+
+    def quantize_rows(self, x: str, width: int) -> str:
+        """The int8 form of an activation [..., width], made once; returns the name of its rows' steps, [..., 1]."""
         if x not in self.rows:
-            self.rows[x] = largest = f"{x}.largest"
+            self.rows[x] = steps = f"{x}.steps"
             self.constant(_AXES, np.asarray([-1], np.int64))
             self.constant(_SMALLEST, np.asarray(1e-30, np.float32))
-            self.constant(_STEP, np.asarray(1 / 127, np.float32))
+            self.constant(_LEVELS, np.asarray(1 / 127, np.float32))
+            self.constant(_ONE, np.asarray(1, np.float32))
             self.constant(_MIDDLE, np.asarray(128, np.uint8))
             self.emit("ReduceMax", [x, _AXES], [f"{x}.highest"], keepdims=1)
             self.emit("ReduceMin", [x, _AXES], [f"{x}.lowest"], keepdims=1)
             self.emit("Neg", [f"{x}.lowest"], [f"{x}.depth"])
-            self.emit("Max", [f"{x}.highest", f"{x}.depth", _SMALLEST], [largest])
-            self.emit("Div", [x, largest], [f"{x}.even"])
-            # Of the domain com.microsoft, because ONNX Runtime 1.23 has no kernel of the standard one in opset 23.
-            self.emit("QuantizeLinear", [f"{x}.even", _STEP, _MIDDLE], [f"{x}.int8"], domain=MICROSOFT)
+            self.emit("Max", [f"{x}.highest", f"{x}.depth", _SMALLEST], [f"{x}.largest"])
+            self.emit("Mul", [f"{x}.largest", _LEVELS], [steps])
+            self.emit("Shape", [steps], [f"{x}.count"])
+            self.emit("Expand", [_MIDDLE, f"{x}.count"], [f"{x}.middle"])
+            inputs = [x, steps, f"{x}.middle"]
+            self.emit("QuantizeLinear", inputs, [f"{x}.int8"], axis=-1, block_size=width)
+            if x in self.owed:
+                self.rows[x] = f"{x}.all_steps"
+                self.emit("Mul", [steps, self.owed[x]], [self.rows[x]])
         return self.rows[x]
 
     def blocks(self, node: onnx.NodeProto, weight: str, bits: int, block: int) -> None:
@@ -176,10 +300,10 @@ class _Rewrite:
 
     def finish(self) -> None:
         """Put everything into the graph. Raises RerouteError for a matrix that something else reads too."""
-        read = {name for node in self.nodes for name in node.input}
-        if shared := sorted(self.replaced & read):
+        if shared := sorted(self.replaced.intersection(name for node in self.nodes for name in node.input)):
             raise RerouteError(f"the matrix {shared[0]} is not only multiplied with", hint="build with --profile fp32")
-        kept = [tensor for tensor in self.graph.initializer if tensor.name not in self.replaced]
+        gone = self.replaced - self.inside
+        kept = [tensor for tensor in self.graph.initializer if tensor.name not in gone]
         tensors = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in (*kept, *self.tensors)]
         del self.graph.initializer[:]
         self.graph.initializer.extend(tensors)

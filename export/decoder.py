@@ -186,12 +186,26 @@ class Layer(nn.Module):
         return ops.rotary(key, *rope, slots, self.model.num_kv_heads)
 
     def forward(
-        self, h: Tensor, x: Tensor, key: Tensor, rope: Cache, slots: Tensor, kv_len: Tensor, past: Cache
+        self,
+        h: Tensor,
+        x: Tensor,
+        key: Tensor,
+        rope: Cache,
+        slots: Tensor,
+        kv_len: Tensor,
+        past: Cache,
+        *,
+        only_last: bool = False,
     ) -> tuple[Tensor, Cache]:
-        """Run rows `h` [B, A, D], whose norm `x` and rotated keys are already there; returns rows and cache."""
+        """Run rows `h` [B, A, D], whose norm `x` and rotated keys are already there; returns rows and cache.
+
+        `only_last` returns the last row, [B, 1, D]: the cache needs all rows, but nothing behind attention does.
+        """
         m = self.model
         q = self.query(x, rope, slots)
         a, *present = ops.attention(q, key, self.v_proj(x), *past, kv_len, m.num_heads, m.num_kv_heads, self.scale)
+        if only_last:
+            h, a = h[:, -1:], a[:, -1:]
         h = h + self.o_proj(a)
         x = self.post_norm(h)
         h = h + self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -284,7 +298,9 @@ class RoutedDecoder(nn.Module):
                         key = layer.rotate(ops.gather(raw, ran), *rope(number)) if renumbered else ops.gather(key, ran)
                     if own:
                         routes.append(rows.slots)
-                rows.h, cache = layer(rows.h, x, key, *rope(number), lengths[number], past[index])
+                # Of the last layer, only the row that the logits are of is read again.
+                only_last = index == schedule.num_layers - 1 and index >= len(features)
+                rows.h, cache = layer(rows.h, x, key, *rope(number), lengths[number], past[index], only_last=only_last)
                 present.append(cache)
                 if index < len(features):
                     rows.add(features[index])

@@ -81,6 +81,11 @@ class Bundle:
         return self._listed(part.file)
 
     @property
+    def kernels(self) -> Path | None:
+        """The library that the decoder's operators come from, if it has one. Raises UserError."""
+        return self._listed(self.manifest.kernels) if self.manifest.kernels else None
+
+    @property
     def vision_sha256(self) -> str:
         """Of the vision graph and its weights: bundles that share it make the same features of an image."""
         return self._hash(name for name in self.manifest.files if self._is_vision(name))

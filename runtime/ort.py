@@ -53,7 +53,7 @@ class OrtBackend:
         self._bundle = bundle
         self._vision: dict[str, Any] = {}
         self._vision_graph(self._manifest.model.vision.grid)
-        self._decoder = self._load(bundle.part("decoder"))
+        self._decoder = self._load(bundle.part("decoder"), bundle.kernels)
         types = {i.name: i.type for i in self._decoder.get_inputs()}
         self._dtype = _DTYPES[types["visual_embeds"]]
         text, batch, stages = self._manifest.model.text, options.batch, self._manifest.schedule.stages
@@ -261,8 +261,10 @@ class OrtBackend:
         options.log_severity_level = 3
         return options
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path, kernels: Path | None = None) -> Any:
         options = self._session_options()
+        if kernels is not None:
+            self._register(options, kernels)
         try:
             session = self._ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
@@ -277,6 +279,16 @@ class OrtBackend:
                 hint="its CUDA, cuDNN or TensorRT libraries are missing or of another version; its log names them",
             )
         return session
+
+    def _register(self, options: Any, kernels: Path) -> None:
+        """Let a graph use the operators of a library. Raises UserError."""
+        try:
+            options.register_custom_ops_library(str(kernels.resolve()))
+        except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+            raise UserError(
+                f"ONNX Runtime {self._ort.__version__} cannot load {kernels.name}: {error}",
+                hint="build the bundle on this machine, with a library that was built here, or without --kernels",
+            ) from error
 
     def _bind_step(self, binding: Any, inputs: StepInputs) -> None:
         arrays = {name: np.ascontiguousarray(array) for name, array in inputs.arrays().items()}

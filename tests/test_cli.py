@@ -286,7 +286,8 @@ def test_build_passes_its_arguments_on_and_names_the_output(tmp_path: Path, monk
     assert main(["build", str(folder)]) == 0
     assert main(["build", str(folder), "-o", "there", "--no-check", "--force", "--profile", "int4:0"]) == 0
     assert main(["build", str(folder), "--profile", "int4:0"]) == 0
-    plain = {"backend": "ort", "check": True, "force": False, "tensorrt": None, "profile": "fp32", "evaluate": None}
+    given = {"backend": "ort", "check": True, "force": False, "tensorrt": None, "profile": "fp32", "kernels": None}
+    plain = {**given, "evaluate": None}
     assert calls == [
         (folder, tmp_path / "my-export-ort", plain),
         (folder, Path("there"), {**plain, "check": False, "force": True, "profile": "int4:0"}),

@@ -147,11 +147,11 @@ class ProfiledBackend(OrtBackend):
         self._folder = folder
         super().__init__(bundle, options)
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path, kernels: Path | None = None) -> Any:
         own = self._ort
         self._ort = _Profiling(own, self._folder / path.stem)
         try:
-            return super()._load(path)
+            return super()._load(path, kernels)
         finally:
             self._ort = own
 

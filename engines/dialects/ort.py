@@ -1,11 +1,21 @@
-"""ONNX Runtime: fused attention whose present cache is the past cache's own buffer, and the older rotary op,
-which takes rows in packed layout. RMSNormalization is a kernel of its own there, so the standard body stays.
+"""ONNX Runtime: the older rotary op, which takes rows in packed layout, and the older name of RMSNormalization.
+Attention is not a body but a rewrite, see `reroute.engines.attention`.
 
-GroupQueryAttention writes the new rows at `seqlens_k + 1 - A` and attends lower-right causally, which is exactly the
-contract of RerouteAttention. Its present output shares the past's memory when both are bound to one buffer.
+ONNX Runtime had SimplifiedLayerNormalization, of the default domain, before ONNX had RMSNormalization. Its kernel is
+the same, and it leaves the graph free to be of an opset before 23 (see `reroute.engines.quantize`).
 """
 
+from __future__ import annotations
+
+from onnx.defs import OpSchema, SchemaError, get_schema, register_schema
+
 _HEADER = '<opset_import: ["": 24, "com.microsoft": 1], domain: "reroute">'
+
+RMS_NORM = f"""{_HEADER}
+RerouteRMSNorm <eps>(x, weight) => (y)
+{{
+    y = SimplifiedLayerNormalization <axis = -1, epsilon: float = @eps, stash_type = 1> (x, weight)
+}}"""
 
 ROTARY = f"""{_HEADER}
 RerouteRotary <num_heads>(x, cos, sin, slots) => (y)
@@ -13,18 +23,33 @@ RerouteRotary <num_heads>(x, cos, sin, slots) => (y)
     y = com.microsoft.RotaryEmbedding <num_heads: int = @num_heads> (x, slots, cos, sin)
 }}"""
 
-ATTENTION = f"""{_HEADER}
-RerouteAttention <num_heads, num_kv_heads, scale>(q, k, v, past_key, past_value, kv_len)
-    => (out, present_key, present_value)
-{{
-    one = Constant <value = int32[1] {{1}}> ()
-    last = Sub (kv_len, one)
-    batch = Shape <start = 0, end = 1> (q)
-    seqlens = Expand (last, batch)
-    total = Squeeze (kv_len)
-    out, present_key, present_value = com.microsoft.GroupQueryAttention
-        <num_heads: int = @num_heads, kv_num_heads: int = @num_kv_heads, scale: float = @scale>
-        (q, k, v, past_key, past_value, seqlens, total)
-}}"""
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_NORM = "SimplifiedLayerNormalization"
 
-BODIES = {"RerouteRotary": ROTARY, "RerouteAttention": ATTENTION}
+
+def register_schemas() -> None:
+    """Make the norm known to onnx's checker, which has no schemas of ONNX Runtime's; safe to call more than once."""
+    attribute, parameter = OpSchema.Attribute, OpSchema.FormalParameter
+    try:
+        get_schema(_NORM, 1, "")
+    except SchemaError:
+        kinds = OpSchema.AttrType
+        register_schema(
+            OpSchema(
+                _NORM,
+                "",
+                1,
+                "Root mean square norm of the last axis.",
+                inputs=[parameter("x", "T"), parameter("weight", "T")],
+                outputs=[parameter("y", "T")],
+                type_constraints=[("T", _FLOATS, "")],
+                attributes=[
+                    attribute("axis", kinds.INT, ""),
+                    attribute("epsilon", kinds.FLOAT, ""),
+                    attribute("stash_type", kinds.INT, ""),
+                ],
+            )
+        )
+
+
+BODIES = {"RerouteRMSNorm": RMS_NORM, "RerouteRotary": ROTARY}

@@ -129,6 +129,13 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="weights of an ort bundle: fp32 (default), int8 or int4 (int4:0 to int4:2: ever more with 8 bits)",
     )
+    parser.add_argument(
+        "--kernels",
+        type=Path,
+        metavar="LIBRARY",
+        help="with --profile: libreroute_onnxruntime.so of plugins_cpp, faster on processors with AVX-512 VNNI; "
+        "the bundle gets a copy",
+    )
     parser.add_argument("--no-check", action="store_true", help="do not compare with the recorded reference")
     parser.add_argument(
         "--evaluate",

@@ -92,6 +92,7 @@ def build(args: argparse.Namespace) -> int:
         progress=progress,
         tensorrt=tensorrt,
         profile=args.profile,
+        kernels=args.kernels,
         evaluate=_evaluation(args),
     )
     if manifest.kind == "lowered":

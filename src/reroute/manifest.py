@@ -335,6 +335,7 @@ class Manifest:
         dtype: dtype that the graphs compute in, of visual embeddings and caches. The weights of an export may be
             stored in 16 bits, as its checkpoint has them.
         profile: what the decoder's weights are stored as, "fp32", "int8" or "int4:1" (see `reroute.engines.profiles`).
+        kernels: file of the library that the decoder's operators come from; empty where they are ONNX Runtime's own.
         checkpoint_sha256: fingerprint of the exported checkpoint's config and weights.
         routing: the spec as the user wrote it.
         schedule: the spec resolved to stages.
@@ -369,6 +370,7 @@ class Manifest:
     versions: dict[str, str]
     check: dict[str, Any] | None = field(default=None)
     profile: str = "fp32"
+    kernels: str = ""
     lowering: Lowering | None = None
     engine: EngineBuild | None = None
     tier: str = ""
@@ -415,6 +417,8 @@ class Manifest:
         data = {name: value for name, value in data.items() if value is not None or name == "check"}
         if not self.tiers:
             del data["tier"], data["tiers"]
+        if not self.kernels:
+            del data["kernels"]
         return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, folder: Path) -> None:

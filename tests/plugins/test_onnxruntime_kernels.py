@@ -1,0 +1,252 @@
+"""The kernels of plugins_cpp/onnxruntime in ONNX Runtime: alone, and in an int8 bundle."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from reroute.cli import main
+from reroute.engines import KERNELS_FILE, build
+from reroute.engines.packing import blocked4, blocked8, blocks, columns8
+from reroute.engines.quantize import KERNELS
+from reroute.errors import EXIT_USAGE, UserError
+from reroute.evaluation.fidelity import Fidelity, fidelity
+from reroute.evaluation.scenes import SceneSet
+from reroute.export import export_checkpoint
+from reroute.manifest import Manifest
+from reroute.runtime import Session
+from reroute.runtime.backend import BackendOptions, open_backend
+from reroute.runtime.bundle import Bundle
+from tests.conftest import TinyLlava, make_llava
+
+
+@pytest.fixture(scope="session")
+def library(build_folder: Path) -> Path:
+    return build_folder / "libreroute_onnxruntime.so"
+
+
+@pytest.fixture(scope="session")
+def fast_library(library: Path) -> Path:
+    """Where a build with it is not refused."""
+    import ctypes
+
+    instructions = ctypes.CDLL(str(library)).reroute_rows8_instructions
+    instructions.restype = ctypes.c_char_p
+    if instructions() == b"portable":
+        pytest.skip("this processor has no AVX-512 VNNI")
+    return library
+
+
+def session_of(
+    library: Path, kind: str, weights: dict[str, np.ndarray], sizes: dict[str, int], width: int
+) -> ort.InferenceSession:
+    arrays: dict[str, np.ndarray] = {}
+    for name, weight in weights.items():
+        if kind.endswith("8"):
+            packed = blocked8(weight)
+            arrays |= {f"{name}.values": packed.values, f"{name}.scales": packed.scales}
+        else:
+            arrays[f"{name}.values"] = blocked4(weight)
+    graph = helper.make_graph(
+        [helper.make_node(kind, ["x", *arrays], ["y"], domain=KERNELS, **sizes)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "M", "K"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "M", width])],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(KERNELS, 1)]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.register_custom_ops_library(str(library))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def random_weight(rows: int, columns: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+def unpacked(weight: np.ndarray, bits: int) -> np.ndarray:
+    """The weights that a packed matrix stands for, in float64."""
+    if bits == 8:
+        columns = columns8(weight)
+        return columns.values.astype(np.float64) * columns.scales
+    packed = blocks(weight, bits=4, block=64)
+    halves = np.stack([packed.values & 15, packed.values >> 4], axis=-1).reshape(*packed.values.shape[:2], -1)
+    wide = (halves.astype(np.float64) - 8) * packed.scales.reshape(weight.shape[1], -1, 1)
+    return wide.reshape(weight.shape[1], -1)[:, : weight.shape[0]].T
+
+
+def defined(x: np.ndarray, weight: np.ndarray, bits: int) -> np.ndarray:
+    """plugins_cpp/include/reroute/rows8.h, in numpy."""
+    largest = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(1e-30))
+    whole = np.rint(x * (np.float32(127) / largest)).astype(np.float64)
+    return (whole @ unpacked(weight, bits) * (largest / np.float32(127))).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 48), (37, 130), (896, 17)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 3), (1, 90), (3, 40)])
+def test_a_linear_is_what_it_is_defined_to_be(
+    library: Path, rows: int, columns: int, shape: tuple[int, int], bits: int
+):
+    weight = random_weight(rows, columns, 0)
+    session = session_of(library, f"Linear{bits}", {"w": weight}, {"K": rows, "N": columns}, columns)
+    x = np.random.default_rng(1).standard_normal((*shape, rows)).astype(np.float32)
+    y = np.asarray(session.run(None, {"x": x})[0])
+    want = defined(x, weight, bits)
+    assert y.shape == (*shape, columns)
+    assert np.abs(y - want).max() <= 1e-6 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_an_mlp_is_three_linears(library: Path, rows: int, bits: int):
+    gate, up, down = random_weight(64, 150, 2), random_weight(64, 150, 3), random_weight(150, 48, 4)
+    sizes = {"K": 64, "F": 150, "N": 48}
+    session = session_of(library, f"Mlp{bits}", {"gate": gate, "up": up, "down": down}, sizes, 48)
+    x = np.random.default_rng(5).standard_normal((1, rows, 64)).astype(np.float32)
+    hidden = defined(x, gate, bits)
+    want = defined((hidden / (1 + np.exp(-hidden)) * defined(x, up, bits)).astype(np.float32), down, bits)
+    y = np.asarray(session.run(None, {"x": x})[0])
+    assert np.abs(y - want).max() <= 2e-3 * np.abs(want).max()
+
+
+def test_what_does_not_fit_is_an_error_and_no_access_out_of_bounds(library: Path):
+    weights = {"w": random_weight(64, 48, 0)}
+    session = session_of(library, "Linear8", weights, {"K": 64, "N": 48}, 48)
+    with pytest.raises(Exception, match="last dimension"):
+        session.run(None, {"x": np.zeros((1, 2, 63), np.float32)})
+    session = session_of(library, "Linear8", weights, {"K": 640, "N": 48}, 48)
+    with pytest.raises(Exception, match="not of the size"):
+        session.run(None, {"x": np.zeros((1, 2, 640), np.float32)})
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def bundles(
+    request: pytest.FixtureRequest, fast_library: Path, demo_export: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The demo model in a profile: ONNX Runtime's operators, and the kernels."""
+    folder = tmp_path_factory.mktemp("kernels")
+    build(demo_export, folder / "plain", profile=request.param)
+    build(demo_export, folder / "kernels", profile=request.param, kernels=fast_library)
+    return folder / "plain", folder / "kernels"
+
+
+def test_all_matrices_but_those_that_score_are_the_kernels(bundles: tuple[Path, Path]):
+    manifest, plain = Manifest.load(bundles[1]), Manifest.load(bundles[0])
+    assert (manifest.profile, manifest.kernels, plain.kernels) == (plain.profile, KERNELS_FILE, "")
+    assert KERNELS_FILE in manifest.files
+    graph = onnx.load(bundles[1] / "decoder.onnx", load_external_data=False).graph
+    layers, scoring = manifest.model.text.num_layers, len(manifest.schedule.scoring_layers)
+    kinds = Counter(node.op_type for node in graph.node)
+    wide = layers if manifest.profile == "int8" else manifest.schedule.scoring_layers[-2]
+    assert (kinds["Mlp8"], kinds["Mlp4"]) == (wide, layers - wide)
+    assert kinds["Linear8"] + kinds["Linear4"] == 4 * layers - scoring  # a scoring layer's keys are float32
+    assert not {"MatMulIntegerToFloat", "QuantizeLinear", "Sigmoid"} & kinds.keys()
+    assert kinds["MatMulNBits"] == 1  # the output matrix
+    manifest.verify_files(bundles[1])
+
+
+def prefill(path: Path, threads: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """Logits and routes of a prompt, and the logits of a token behind it."""
+    from benchmarks.shared.own import OwnEngine, make_prompt
+
+    bundle = Bundle.open(path)
+    engine = OwnEngine.of(path, open_backend(bundle, BackendOptions(threads=threads)))
+    text, vision = bundle.manifest.model.text, bundle.manifest.model.vision
+    prompt = make_prompt(text=24, visual=vision.tokens_per_image, hidden=text.hidden_size, vocab=text.vocab_size)
+    _, outputs = engine.prefill(prompt)
+    logits, routes = outputs.logits[0].copy(), [route.copy() for route in outputs.routes]
+    return logits, routes, engine.decode([5])[1]
+
+
+def test_kernels_agree_with_onnx_runtimes_operators(bundles: tuple[Path, Path]):
+    (a, routes_a, next_a), (b, routes_b, next_b) = (prefill(path, 2) for path in bundles)
+    for x, y in ((a, b), (next_a, next_b)):
+        assert np.corrcoef(x, y)[0, 1] > 0.999
+    kept = [len(set(x[0]) & set(y[0])) / len(x[0]) for x, y in zip(routes_a, routes_b, strict=True)]
+    assert min(kept) > 0.85
+
+
+def test_threads_change_nothing(bundles: tuple[Path, Path]):
+    one, two = prefill(bundles[1], 1), prefill(bundles[1], 2)
+    assert np.allclose(one[0], two[0], atol=1e-4)
+    assert all(np.array_equal(x, y) for x, y in zip(one[1], two[1], strict=True))
+
+
+@pytest.mark.parametrize("profile", ["int8", "int4"])
+def test_kernels_keep_99_percent_of_the_tokens_that_float32_keeps(
+    profile: str, fast_library: Path, demo_export: Path, tmp_path: Path
+):
+    """An int4 build may climb, and then loads the library again while it is still mapped."""
+    questions = SceneSet(grounding=40, vqa=20, split="validation")
+
+    def compare(base: Path, bundle: Path) -> Fidelity:
+        return fidelity(lambda: Session.open(base, threads=1), lambda: Session.open(bundle, threads=1), questions)
+
+    manifest = build(demo_export, tmp_path / "bundle", profile=profile, kernels=fast_library, evaluate=compare)
+    assert manifest.check is not None
+    assert 0.99 <= manifest.check["fidelity"]["slots"] < 1
+
+
+def test_biases_are_added_behind_the_kernels(fast_library: Path, tmp_path: Path):
+    make_llava(tmp_path / "checkpoint", TinyLlava(text="llama", attention_bias=True, hidden=128))
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "export", routing="dense")
+    build(tmp_path / "export", tmp_path / "plain", check=False)
+    build(tmp_path / "export", tmp_path / "kernels", profile="int8", kernels=fast_library, check=False)
+    (plain, *_), (kernels, *_) = prefill(tmp_path / "plain", 1), prefill(tmp_path / "kernels", 1)
+    assert np.corrcoef(plain, kernels)[0, 1] > 0.98
+
+
+def test_a_changed_or_foreign_library_is_refused(bundles: tuple[Path, Path], tmp_path: Path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles[1], folder)
+    (folder / KERNELS_FILE).write_bytes(b"not a library")
+    with pytest.raises(UserError, match=KERNELS_FILE):
+        Bundle.open(folder)
+    with pytest.raises(UserError, match=f"cannot load {KERNELS_FILE}"):
+        open_backend(Bundle.open(folder, verify=False), BackendOptions(threads=1))
+
+
+def test_what_a_build_refuses(demo_export: Path, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    other = tmp_path / "libother.so"
+    other.write_bytes(b"no library")
+    for words, message in (
+        (["--kernels", str(library)], "no meaning without a quantised profile"),
+        (["--profile", "int8", "--kernels", str(tmp_path / "none.so")], "there is no library"),
+        (["--profile", "int8", "--kernels", str(other)], "is not the library of kernels"),
+    ):
+        assert main(["build", str(demo_export), "-o", str(tmp_path / "bundle"), *words]) == EXIT_USAGE
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_processor_without_the_instructions_is_told(
+    demo_export: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Portable:
+        def __init__(self, path: str) -> None:
+            def instructions() -> bytes:
+                return b"portable"
+
+            self.reroute_rows8_instructions = instructions
+
+    monkeypatch.setattr("ctypes.CDLL", Portable)
+    with pytest.raises(UserError, match="no AVX-512 VNNI"):
+        build(demo_export, tmp_path / "bundle", profile="int8", kernels=library)
+
+
+def test_two_sessions_of_a_process_do_not_disturb_each_other(bundles: tuple[Path, Path]):
+    first = prefill(bundles[1], 2)
+    kept = Session.open(bundles[1], threads=1)
+    second = prefill(bundles[1], 2)
+    assert np.array_equal(first[0], second[0])
+    assert kept is not None
