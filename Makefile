@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 DEMO_ROUTING ?= reroute-pdrop:avg=1/9
 
-.PHONY: demo test lint format types venv check-runtime check-tensorrt check-gpu bindings benchmark
+.PHONY: demo test lint format types venv check-runtime check-tensorrt check-gpu bindings benchmark kernels
 
 venv: $(STAMP)
 
@@ -66,6 +66,7 @@ check-runtime:
 # Speed and size against others and against the aims, on an otherwise idle machine: about an hour. benchmarks/README.md says
 # what must be installed: the authors' code with transformers 5.4.0, onnxruntime-genai and llama-cpp-python, and
 # onnxruntime-genai's model builder. BENCHMARK_ARGS goes to every script, for example "--repeat 5".
+# "+kernels" is a profile built with `reroute build --kernels`; `make kernels` builds the library for this machine.
 PROFILES ?= fp32
 BENCHMARK_ARGS ?=
 AUTHORS ?= out/benchmark/mllm-reroute
@@ -80,6 +81,10 @@ benchmark: $(STAMP)
 	$(MEASURE)decode --profiles $(PROFILES) --peers $(PEERS) --builder $(BUILDER) $(BENCHMARK_ARGS)
 	$(MEASURE)scaling --profiles $(PROFILES) $(BENCHMARK_ARGS)
 	$(MEASURE)summary
+
+# out/plugins/cpu/libreroute_onnxruntime.so, for `reroute build --profile int8 --kernels`: CMake and a C++17 compiler.
+kernels:
+	cd plugins_cpp && cmake --preset cpu && cmake --build --preset cpu --target reroute_onnxruntime
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ same checkpoint's text model, once, in the work folder.
 Everybody gets the same 640 words, and then the same words one by one: nobody chooses tokens. What the bits are:
 
 * fp32: ours, transformers, genai fp32;  bf16: transformers;  f16: llama.cpp;
-* int8: ours, genai int8 (blocks of 32), llama.cpp Q8_0 (blocks of 32);
+* int8: ours (+kernels: with the library of plugins_cpp), genai int8 (blocks of 32), llama.cpp Q8_0 (blocks of 32);
 * int4: ours, genai int4 (blocks of 32, accuracy level 4), llama.cpp Q4_0 (blocks of 32), output matrix included.
 
 In every run the rows in the cache are counted. Before the rounds each candidate's logits after the last word are
@@ -32,6 +32,7 @@ import numpy as np
 
 from benchmarks.shared import results
 from benchmarks.shared.bundles import DENSE, REPOSITORY
+from benchmarks.shared.bundles import bits_of as profile_bits
 from benchmarks.shared.own import OwnEngine, Prompt, compare_logits, make_prompt
 from benchmarks.shared.worker import Worker
 from reroute.bench.report import table
@@ -150,7 +151,7 @@ def timed(who: str, call: Callable[[bool], dict[str, Any]], rows: int) -> Callab
 
 def bits_of(candidate: str) -> str:
     """fp32, f16, bfloat16, int8 or int4, from a candidate's name."""
-    word = candidate.split()[-1]
+    word = profile_bits(candidate.split()[-1])
     return {"float32": "fp32", **{kind: bits for bits, kind in LLAMA.items()}}.get(word, word)
 
 
@@ -244,8 +245,8 @@ def speedups(samples: results.Samples, profiles: Sequence[str]) -> dict[str, Any
 
     return {
         "speedup_over_transformers_bf16": ratios(lambda profile: "transformers bfloat16"),
-        "speedup_over_genai": ratios(lambda profile: f"genai {profile}"),
-        "speedup_over_llama_cpp": ratios(lambda profile: f"llama.cpp {LLAMA.get(profile)}"),
+        "speedup_over_genai": ratios(lambda profile: f"genai {profile_bits(profile)}"),
+        "speedup_over_llama_cpp": ratios(lambda profile: f"llama.cpp {LLAMA.get(profile_bits(profile))}"),
     }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import costs, decode, footprint, prefill, scaling
-from benchmarks.shared.bundles import DENSE
+from benchmarks.shared.bundles import DENSE, best_of
 from benchmarks.shared.results import RESULTS, guarded
 from reroute.bench.report import machine_line, table
 from reroute.errors import EXIT_GATE, UserError
@@ -148,18 +148,20 @@ def _costs(found: Results) -> list[Aim]:
 
 def _decode(found: Results) -> list[Aim]:
     data = found.get("decode", {})
+
+    def ratios(key: str) -> dict[str, tuple[str, float | None]]:
+        """By bits the form that was measured, with kernels rather than without, and its ratio."""
+        have = data.get(key, {})
+        names = {bits: best_of(bits, have) or bits for bits in DECODE}
+        return {bits: (name, have.get(name, {}).get("value")) for bits, name in names.items()}
+
+    over = ratios("speedup_over_transformers_bf16")
     lines = [
-        at_least(
-            f"decode {profile} over transformers' bf16",
-            data.get("speedup_over_transformers_bf16", {}).get(profile, {}).get("value"),
-            wanted,
-        )
-        for profile, wanted in DECODE.items()
+        at_least(f"decode {name} over transformers' bf16", value, DECODE[bits]) for bits, (name, value) in over.items()
     ]
-    for key, name in (("genai", "onnxruntime-genai"), ("llama_cpp", "llama.cpp")):
-        for profile in DECODE:
-            value = data.get(f"speedup_over_{key}", {}).get(profile, {}).get("value")
-            lines.append(at_least(f"decode {profile} over {name} of the same bits", value, 1.0))
+    for key, other in (("genai", "onnxruntime-genai"), ("llama_cpp", "llama.cpp")):
+        for name, value in ratios(f"speedup_over_{key}").values():
+            lines.append(at_least(f"decode {name} over {other} of the same bits", value, 1.0))
     return lines
 
 

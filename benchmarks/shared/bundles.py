@@ -14,7 +14,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,19 @@ WORK = REPOSITORY / "out" / "benchmark"
 TIERS: Mapping[str, str] = {"64": "1/9", "128": "2/9", "192": "1/3"}
 DENSE = "dense"
 METHOD = "reroute-pdrop"
-PROFILES = ("fp32", "int8", "int4")
+WITH_KERNELS = "+kernels"  # behind a profile: built with `reroute build --kernels`
+PROFILES = ("fp32", "int8", "int4", f"int8{WITH_KERNELS}", f"int4{WITH_KERNELS}")
+KERNELS = REPOSITORY / "out" / "plugins" / "cpu" / "libreroute_onnxruntime.so"
+
+
+def bits_of(profile: str) -> str:
+    """The profile without what follows a plus."""
+    return profile.partition("+")[0]
+
+
+def best_of(bits: str, profiles: Iterable[str]) -> str | None:
+    """The form of a profile that is there, with kernels rather than without."""
+    return next((name for name in (f"{bits}{WITH_KERNELS}", bits) if name in profiles), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +48,14 @@ class Workshop:
         folder: work folder.
         checkpoint: of the model; made when it is the work folder's own and missing.
         method: head of the routed specs: `METHOD:avg=SHARE`, for example reroute-pdrop@2,7,15,23.
+        kernels: the library of plugins_cpp/onnxruntime.
         max_text, max_images: capacity of the exports.
     """
 
     folder: Path = WORK
     checkpoint: Path | None = None
     method: str = METHOD
+    kernels: Path = KERNELS
     max_text: int = 768
     max_images: int = 1
 
@@ -71,7 +85,9 @@ class Workshop:
             _reroute("export", str(model), "-o", str(export), "--routing", self.routing(tier), *capacity)
         bundle = self.folder / "bundles" / profile / name
         if not bundle.exists():
-            options = () if profile == "fp32" else ("--profile", profile, "--no-check")
+            options: tuple[str, ...] = () if profile == "fp32" else ("--profile", bits_of(profile), "--no-check")
+            if profile.endswith(WITH_KERNELS):
+                options += ("--kernels", str(self.kernels))
             _reroute("build", str(export), "-o", str(bundle), *options)
         return bundle
 

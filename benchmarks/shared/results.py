@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shared.bundles import METHOD, PROFILES, WORK, Workshop
+from benchmarks.shared.bundles import KERNELS, METHOD, PROFILES, WORK, Workshop
 from benchmarks.shared.worker import WorkerError
 from reroute import __version__, report
 from reroute.bench.document import to_json
@@ -36,6 +36,7 @@ def options(doc: str | None, name: str, *, repeat: int) -> argparse.ArgumentPars
     parser.add_argument("--checkpoint", type=Path, help="instead of the shape small24")
     parser.add_argument("--method", default=METHOD, help="head of the routed specs, METHOD:avg=SHARE")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for checkpoints, exports and bundles")
+    parser.add_argument("--kernels", type=Path, default=KERNELS, help="library for the profiles with +kernels")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every candidate")
     parser.add_argument("--spinning", action="store_true", help="let ONNX Runtime's threads spin, ours and others'")
     parser.add_argument("--warmup", type=int, default=3, help="rounds thrown away")
@@ -54,7 +55,7 @@ def profiles(text: str) -> tuple[str, ...]:
 
 def workshop(args: argparse.Namespace, **capacity: int) -> Workshop:
     """Where the options say to work."""
-    return Workshop(folder=args.work, checkpoint=args.checkpoint, method=args.method, **capacity)
+    return Workshop(folder=args.work, checkpoint=args.checkpoint, method=args.method, kernels=args.kernels, **capacity)
 
 
 def run_rounds(runs: Mapping[Key, Callable[[], Sample]], args: argparse.Namespace, label: str) -> Samples:

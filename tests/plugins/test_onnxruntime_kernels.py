@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,7 +46,7 @@ def fast_library(library: Path) -> Path:
 
 
 def session_of(
-    library: Path, kind: str, weights: dict[str, np.ndarray], sizes: dict[str, int], width: int
+    library: Path, kind: str, weights: dict[str, np.ndarray], sizes: dict[str, Any], width: int
 ) -> ort.InferenceSession:
     arrays: dict[str, np.ndarray] = {}
     for name, weight in weights.items():
