@@ -1,6 +1,7 @@
 """What the profiles int8 and int4 do to the demo model: slots and answers of float32 that remain.
 
     python -m benchmarks.fidelity            -> benchmarks/results/fidelity.json and a table
+    python -m benchmarks.fidelity --kernels out/plugins/cpu/libreroute_onnxruntime.so      and with the kernels
 
 Each bundle is built as `reroute build EXPORT --profile P --evaluate` builds it, so int4 climbs to the first rung that
 keeps 99 % of the slots. Questions are held-out scenes, which no rule was chosen by. No time is measured.
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shared.bundles import WITH_KERNELS
 from reroute import report
 from reroute.engines import build
 from reroute.errors import GateError
@@ -36,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo" / "model")
     parser.add_argument("--questions", type=int, default=300, help="for a box, and as many one-word ones (default 300)")
+    parser.add_argument("--kernels", type=Path, help="library of plugins_cpp/onnxruntime: each profile also with it")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     args = parser.parse_args()
     questions = SceneSet(grounding=args.questions, vqa=args.questions, split="heldout")
@@ -44,13 +47,14 @@ def main() -> None:
         for routing in ROUTINGS:
             export = Path(name) / "export"
             export_checkpoint(args.checkpoint, export, routing=routing, force=True)
-            rows += [measure(export, Path(name) / "bundle", profile, questions) for profile in PROFILES]
+            for kernels in (None, args.kernels) if args.kernels else (None,):
+                rows += [measure(export, Path(name) / "bundle", profile, questions, kernels) for profile in PROFILES]
     data = {"kind": "fidelity", "questions": questions.name, "count": len(questions), "rows": rows}
     write_whole(args.output, (json.dumps(data, indent=2) + "\n").encode())
     print(to_markdown(data))
 
 
-def measure(export: Path, bundle: Path, profile: str, questions: SceneSet) -> Json:
+def measure(export: Path, bundle: Path, profile: str, questions: SceneSet, kernels: Path | None = None) -> Json:
     """Build a profile with its questions; a row of the result. Exits with 3 where no rung meets the gate."""
     tries: list[Json] = []
 
@@ -63,12 +67,17 @@ def measure(export: Path, bundle: Path, profile: str, questions: SceneSet) -> Js
         return found
 
     try:
-        manifest = build(export, bundle, profile=profile, evaluate=compare, force=True)
+        manifest = build(export, bundle, profile=profile, kernels=kernels, evaluate=compare, force=True)
     except GateError as error:
         print(f"{profile}: {error.message}", file=sys.stderr)
         raise SystemExit(3) from error
-    size = manifest.estimates["weight_bytes"]
-    return {"routing": manifest.routing, "profile": profile, "built": manifest.profile, "bytes": size, "tries": tries}
+    return {
+        "routing": manifest.routing,
+        "profile": profile,
+        "built": manifest.profile + (WITH_KERNELS if manifest.kernels else ""),
+        "bytes": manifest.estimates["weight_bytes"],
+        "tries": tries,
+    }
 
 
 def to_markdown(data: Json) -> str:
