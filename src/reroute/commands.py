@@ -263,6 +263,7 @@ def _print_manifest(manifest: Manifest, path: Path) -> None:
         ("backend", manifest.backend),
         ("dtype", manifest.dtype),
         *([("profile", manifest.profile)] if manifest.profile != "fp32" else []),
+        *([("kernels", manifest.kernels)] if manifest.kernels else []),
         ("routing", manifest.routing),
         ("decisions", report.describe(manifest.schedule)),
         ("visual tokens per layer", f"{manifest.average_visual_tokens:.1f} (measured average)"),
