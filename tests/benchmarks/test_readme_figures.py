@@ -60,7 +60,7 @@ def test_scaling() -> None:
 def test_decode() -> None:
     found = medians("decode", "decode_ms")
     names = {
-        "Reroute |": ("own fp32", "own int8", "own int4"),
+        "Reroute |": ("own fp32", "own int8+kernels", "own int4+kernels"),
         "onnxruntime-genai": ("genai fp32", "genai int8", "genai int4"),
         "llama.cpp": ("llama.cpp f16", "llama.cpp Q8_0", "llama.cpp Q4_0"),
     }
