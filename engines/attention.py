@@ -3,9 +3,9 @@
     rows <= LONG   out = GroupQueryAttention(q, k, v, past)
     rows >  LONG   q, k, v in PARTS parts, one after the other, each with the cache that the one before left
 
-ONNX Runtime computes the whole square of a prompt, also what the causal mask hides. A part sees only the rows up to its
-own last one, so that four parts compute five eighths of the square; the result is the same to the bit. In a step of few
-rows the branch costs nothing: present is past's own memory there, and in a long prompt it is written by the last part.
+A part sees only the rows up to its own last one, so that four parts compute five eighths of the square of a prompt,
+whatever the operator makes of what the causal mask hides; the result is the same. In a step of few rows present is
+past's own memory, also inside the branch; in a long prompt it is written by the last part.
 
 GroupQueryAttention writes the new rows at `seqlens_k + 1 - A` and attends lower-right causally, which is exactly the
 contract of RerouteAttention. Its present output shares the past's memory when both are bound to one buffer.
@@ -35,8 +35,7 @@ _FLOAT, _INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
 
 def expand_attention(model: onnx.ModelProto) -> None:
     """Replace the calls of RerouteAttention in a neutral decoder, in place."""
-    calls = [node for node in model.graph.node if node.op_type == _OP]
-    if not calls:
+    if not any(node.op_type == _OP for node in model.graph.node):
         return
     nodes: list[onnx.NodeProto] = _step()
     stages: dict[str, _Stage] = {}
@@ -96,41 +95,35 @@ class _Stage:
 
 def _layer(call: onnx.NodeProto, place: int, stage: _Stage) -> list[onnx.NodeProto]:
     """The nodes of one call; `place` makes their names unique."""
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in call.attribute}
-    settings = {name: given[source] for name, source in _ATTRIBUTES}
-    q, k, v, *past = call.input[:5]
     rows, divide = _name(place, "rows"), _name(place, "divide")
-
-    def attention(
-        inputs: Sequence[str], past: Sequence[str], ends: Sequence[str], out: Sequence[str]
-    ) -> onnx.NodeProto:
-        return _node("GroupQueryAttention", [*inputs, *past, *ends], out, domain="com.microsoft", **settings)
-
-    whole = [_name(place, "whole", word) for word in ("out", "key", "value")]
-    parts = [_name(place, "parts", word) for word in ("out", "key", "value")]
+    whole, parts = ([_name(place, kind, word) for word in ("out", "key", "value")] for kind in ("whole", "parts"))
+    at_once = _attention(call, call.input[:3], call.input[3:5], [stage.last, stage.total], whole)
     return [
-        _node("Shape", [q], [rows], start=1, end=2),
+        _node("Shape", [call.input[0]], [rows], start=1, end=2),
         _node("Greater", [rows, _name(_STEP, "limit")], [divide]),
         _node(
             "If",
             [divide],
             call.output,
-            then_branch=_branch(_in_parts([q, k, v], past, parts, place, rows, stage, attention), parts),
-            else_branch=_branch([attention([q, k, v], past, [stage.last, stage.total], whole)], whole),
+            then_branch=_branch(_in_parts(call, place, rows, stage, parts), parts),
+            else_branch=_branch([at_once], whole),
         ),
     ]
 
 
+def _attention(
+    call: onnx.NodeProto, rows: Sequence[str], past: Sequence[str], ends: Sequence[str], outputs: Sequence[str]
+) -> onnx.NodeProto:
+    """GroupQueryAttention with the attributes of a call, of other rows."""
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in call.attribute}
+    settings = {name: given[source] for name, source in _ATTRIBUTES}
+    return _node("GroupQueryAttention", [*rows, *past, *ends], outputs, domain="com.microsoft", **settings)
+
+
 def _in_parts(
-    inputs: Sequence[str],
-    past: Sequence[str],
-    outputs: Sequence[str],
-    place: int,
-    rows: str,
-    stage: _Stage,
-    attention: Any,
+    call: onnx.NodeProto, place: int, rows: str, stage: _Stage, outputs: Sequence[str]
 ) -> list[onnx.NodeProto]:
-    """Divide the rows, attend part by part, and put the results together."""
+    """Divide the rows of a call, attend part by part, and put the results together."""
 
     def part(number: int, word: str) -> str:
         return _name(place, "part", number, word)
@@ -138,9 +131,9 @@ def _in_parts(
     names = ("q", "k", "v")
     nodes = [
         _node("Split", [name], [part(i, word) for i in range(PARTS)], axis=1, num_outputs=PARTS)
-        for name, word in zip(inputs, names, strict=True)
+        for name, word in zip(call.input[:3], names, strict=True)
     ]
-    before = _name(place, "before")
+    before, past = _name(place, "before"), call.input[3:5]
     nodes.append(_node("Cast", [rows], [_name(place, "rows32")], to=_INT32))
     nodes.append(_node("Sub", [stage.length, _name(place, "rows32")], [before]))
     for i in range(PARTS):
@@ -152,7 +145,7 @@ def _in_parts(
             _node("Add", [before, own["rows"]], [own["end"]]),
             _node("Sub", [own["end"], _name(_STEP, "one")], [own["last"]]),
             _node("Squeeze", [own["end"]], [own["total"]]),
-            attention([own[w] for w in names], past, [own["last"], own["total"]], [own["out"], *present]),
+            _attention(call, [own[w] for w in names], past, [own["last"], own["total"]], [own["out"], *present]),
         ]
         before, past = own["end"], present
     nodes.append(_node("Concat", [part(i, "out") for i in range(PARTS)], [outputs[0]], axis=1))

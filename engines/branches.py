@@ -55,7 +55,8 @@ def _sink(nodes: list[onnx.NodeProto], choice: onnx.NodeProto, outputs: set[str]
         else:
             kept.append(node)
             elsewhere.update(names_read(node))
-    set_nodes(branch, [*reversed(moved), *branch.node])
+    if moved:
+        set_nodes(branch, [*reversed(moved), *branch.node])
     return kept[::-1]
 
 

@@ -49,8 +49,8 @@ _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level
 _AXES, _SMALLEST, _LEVELS, _ONE, _MIDDLE = (
     f"quantize.{word}" for word in ("axes", "smallest", "levels", "one", "middle")
 )
-# ONNX Runtime 1.23, the last for Python 3.10 (JetPack 6), has no kernel of QuantizeLinear in opset 23; its dialect's
-# other operators are all in this one.
+# ONNX Runtime 1.23, the last for Python 3.10 (JetPack 6), has no kernel of QuantizeLinear in opset 23; the other
+# operators of a lowered decoder are all in this one.
 _OPSET = 21
 INT8, UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
 Made = dict[str, Callable[[], np.ndarray]]
@@ -81,10 +81,10 @@ def quantize(
         if node.output[0] in work.gated:
             work.mlp(work.gated[node.output[0]])
             continue
-        form = work.form_of(node)
+        form, bits = work.form_of(node), work.bits_of(node)
         if form is Form.FLOAT:
             work.keep(node)
-        elif bits := work.bits_of(node):
+        elif bits:
             work.linear(node, bits)
         elif form is Form.ROWS8:
             work.rows8(node, node.input[1])

@@ -8,6 +8,7 @@
 // x is float [..., K]; matrices are as in reroute/rows8.h. Work is divided among the session's own threads.
 #include <atomic>
 #include <limits>
+#include <mutex>
 #include <new>
 #include <thread>
 
@@ -38,8 +39,7 @@ struct Parallel {
 
     static void run(void* self, std::size_t count, void (*task)(void*, std::size_t), void* data) {
         auto& parallel = *static_cast<Parallel*>(self);
-        Error* error =
-            KernelContextParallelFor::call(parallel.kernel.api, parallel.context, task, count, 0, data);
+        Error* error = KernelContextParallelFor::call(parallel.kernel.api, parallel.context, task, count, 0, data);
         if (error != nullptr) parallel.failed = error;
     }
     Pool pool() { return {run, this, kernel.threads}; }
@@ -155,9 +155,7 @@ template <bool Mlp, int Bits>
 CustomOp op() {
     CustomOp made{};
     made.version = kApiVersion;
-    made.name = [](const CustomOp*) {
-        return Bits == 8 ? (Mlp ? "Mlp8" : "Linear8") : (Mlp ? "Mlp4" : "Linear4");
-    };
+    made.name = [](const CustomOp*) { return Bits == 8 ? (Mlp ? "Mlp8" : "Linear8") : (Mlp ? "Mlp4" : "Linear4"); };
     made.provider = [](const CustomOp*) { return "CPUExecutionProvider"; };
     made.input_type = [](const CustomOp*, std::size_t index) {
         const bool values = Bits == 4 ? index > 0 : index % 2 == 1;
@@ -187,18 +185,26 @@ extern "C" {
 
 // ONNX Runtime calls this when a session is given the library.
 __attribute__((visibility("default"))) reroute::ort::Error* RegisterCustomOps(SessionOptions* options,
-                                                                               const ApiBase* base) {
+                                                                              const ApiBase* base) {
     static const CustomOp ops[] = {op<false, 8>(), op<true, 8>(), op<false, 4>(), op<true, 4>()};
+    static std::mutex mutex;
+    static Domain* domain = nullptr;  // of the process: all its sessions refer to it
     const Api* api = base->get_api(kApiVersion);
     if (api == nullptr) return nullptr;  // an older one: it will not know the operators, and say so
-    Domain* domain = nullptr;            // lives as long as the process: sessions refer to it
-    if (auto* error = CreateCustomOpDomain::call(api, "reroute.cpu", &domain)) return error;
-    for (const CustomOp& one : ops) {
-        if (auto* error = CustomOpDomainAdd::call(api, domain, &one)) return error;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (domain == nullptr) {
+        Domain* made = nullptr;
+        if (auto* error = CreateCustomOpDomain::call(api, "reroute.cpu", &made)) return error;
+        for (const CustomOp& one : ops) {
+            if (auto* error = CustomOpDomainAdd::call(api, made, &one)) return error;
+        }
+        domain = made;
     }
     return AddCustomOpDomain::call(api, options, domain);
 }
 
-// For `reroute doctor` and the bench: what the products run on.
-__attribute__((visibility("default"))) const char* reroute_rows8_instructions() { return reroute::rows8_instructions(); }
+// For `reroute build`, which refuses a processor that has only the portable form.
+__attribute__((visibility("default"))) const char* reroute_rows8_instructions() {
+    return reroute::rows8_instructions();
+}
 }

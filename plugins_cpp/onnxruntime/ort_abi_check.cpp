@@ -1,7 +1,7 @@
 // Every place and member of ort_abi.h against ONNX Runtime's own header, at compile time.
-#include "ort_abi.h"
-
 #include <onnxruntime_c_api.h>
+
+#include "ort_abi.h"
 
 namespace {
 
@@ -50,8 +50,9 @@ SAME_MEMBER(start_version, GetStartVersion);
 SAME_MEMBER(end_version, GetEndVersion);
 
 static_assert(static_cast<int>(kFloat) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
-              static_cast<int>(kUint8) == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 &&
-              static_cast<int>(kFail) == ORT_FAIL && static_cast<int>(kInvalidArgument) == ORT_INVALID_ARGUMENT &&
-              static_cast<int>(kRequired) == INPUT_OUTPUT_REQUIRED && static_cast<int>(kDefaultMemory) == OrtMemTypeDefault);
+              static_cast<int>(kUint8) == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 && static_cast<int>(kFail) == ORT_FAIL &&
+              static_cast<int>(kInvalidArgument) == ORT_INVALID_ARGUMENT &&
+              static_cast<int>(kRequired) == INPUT_OUTPUT_REQUIRED &&
+              static_cast<int>(kDefaultMemory) == OrtMemTypeDefault);
 
 }  // namespace

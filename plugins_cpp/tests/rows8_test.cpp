@@ -1,4 +1,6 @@
 // linear and mlp, of 8 and 4 bits: the fast form against the portable one, both against their definition, however work is divided.
+#include "reroute/rows8.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -9,7 +11,6 @@
 #include <vector>
 
 #include "check.h"
-#include "reroute/rows8.h"
 
 namespace {
 
@@ -115,9 +116,9 @@ void linear_is_its_definition(int bits) {
             for (const bool portable : {true, false}) {
                 rows8_use_portable(portable);
                 for (const int count : {1, 2, 3, 8}) {
-                    check::context = "linear " + std::to_string(bits) + " bits " + std::to_string(k) + "x" + std::to_string(n) + ", " +
-                                     std::to_string(rows) + " rows, " + std::to_string(count) + " threads, " +
-                                     rows8_instructions();
+                    check::context = "linear " + std::to_string(bits) + " bits " + std::to_string(k) + "x" +
+                                     std::to_string(n) + ", " + std::to_string(rows) + " rows, " +
+                                     std::to_string(count) + " threads, " + rows8_instructions();
                     // Guards behind the output.
                     std::vector<float> y(want.size() + 16, -7.0f);
                     CHECK(linear(weight.matrix(), rows, x.data(), y.data(), threads(count)) == Status::kOk);
@@ -138,13 +139,14 @@ void mlp_is_made_of_linears(int bits) {
             const auto x = normal(rows * d, random);
             auto hidden = defined(gate, rows, x);
             const auto other = defined(up, rows, x);
-            for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] = hidden[i] / (1.0f + std::exp(-hidden[i])) * other[i];
+            for (std::size_t i = 0; i < hidden.size(); ++i)
+                hidden[i] = hidden[i] / (1.0f + std::exp(-hidden[i])) * other[i];
             const auto want = defined(down, rows, hidden);
             for (const bool portable : {true, false}) {
                 rows8_use_portable(portable);
                 for (const int count : {1, 2, 5}) {
-                    check::context = "mlp " + std::to_string(bits) + " bits, " + std::to_string(rows) + " rows, " + std::to_string(count) + " threads, " +
-                                     rows8_instructions();
+                    check::context = "mlp " + std::to_string(bits) + " bits, " + std::to_string(rows) + " rows, " +
+                                     std::to_string(count) + " threads, " + rows8_instructions();
                     std::vector<float> y(want.size());
                     CHECK(mlp(gate.matrix(), up.matrix(), down.matrix(), rows, x.data(), y.data(), threads(count)) ==
                           Status::kOk);
@@ -182,7 +184,8 @@ void extremes_stay_exact() {
     const std::vector<float> x(static_cast<std::size_t>(weight.rows), 3.0f);
     std::vector<float> y(16);
     CHECK(linear(weight.matrix(), 1, x.data(), y.data(), serial_pool()) == Status::kOk);
-    const double want = 127.0 * 127.0 * static_cast<double>(weight.rows) * (3.0 / 127) * static_cast<double>(weight.scales[0]);
+    const double want =
+        127.0 * 127.0 * static_cast<double>(weight.rows) * (3.0 / 127) * static_cast<double>(weight.scales[0]);
     CHECK(std::fabs(y[0] / want - 1) < 1e-5);
 }
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <memory>
 #include <new>
 
 #include "rows8_kernels.h"
@@ -15,9 +14,9 @@ namespace {
 using rows8::Kernels;
 using rows8::Rows;
 
-constexpr std::int64_t kPart = 48;            // rows of a part at most: what an MLP holds of them fits a core's cache
-constexpr std::int64_t kFewest = 8;           // rows of a part at least, before columns are divided too
-constexpr std::int64_t kAlone = 1 << 17;      // products that are not worth a second thread
+constexpr std::int64_t kPart = 48;        // rows of a part at most: what an MLP holds of them fits a core's cache
+constexpr std::int64_t kFewest = 8;       // rows of a part at least, before columns are divided too
+constexpr std::int64_t kAlone = 1 << 17;  // products that are not worth a second thread
 constexpr std::size_t kAlignment = 64;
 
 std::atomic<bool> use_portable{false};
@@ -55,8 +54,12 @@ class QuantizedRows {
   public:
     const Rows& make(const Kernels& form, std::int64_t count, const float* x, std::int64_t pitch, std::int64_t width) {
         const std::int64_t stride = (width + 63) / 64 * 64;
-        rows_ = Rows{count, stride, values_.take<std::int8_t>(count * stride), steps_.take<float>(count),
-                     sums_.take<std::int32_t>(count * stride / 64), totals_.take<std::int32_t>(count)};
+        rows_ = Rows{count,
+                     stride,
+                     values_.take<std::int8_t>(count * stride),
+                     steps_.take<float>(count),
+                     sums_.take<std::int32_t>(count * stride / 64),
+                     totals_.take<std::int32_t>(count)};
         form.quantize(x, pitch, width, rows_);
         return rows_;
     }
@@ -113,6 +116,16 @@ std::int64_t row_parts(std::int64_t rows, std::int64_t products, const Pool& poo
     return std::min(rows, (parts + threads - 1) / threads * threads);
 }
 
+// All columns of y, divided among threads in pairs of blocks, which is what a form takes at once.
+bool by_columns(const Kernels& form, const Rows& a, const Matrix& weight, float* y, const Pool& pool) {
+    const std::int64_t blocks = weight.column_blocks(), pairs = (blocks + 1) / 2;
+    const std::int64_t parts = std::min<std::int64_t>(pool.threads, pairs);
+    return run(pool, parts, [&](std::int64_t part) {
+        const std::int64_t last = std::min(blocks, pairs * (part + 1) / parts * 2);
+        form.linear(a, weight, pairs * part / parts * 2, last, y, weight.columns);
+    });
+}
+
 }  // namespace
 
 Pool serial_pool() noexcept {
@@ -127,20 +140,16 @@ Status linear(const Matrix& weight, std::int64_t rows, const float* x, float* y,
     if (rows == 0) return Status::kOk;
     if (!there(weight) || x == nullptr || y == nullptr) return Status::kNullPointer;
     const Kernels& form = kernels();
-    const std::int64_t k = weight.rows, n = weight.columns, blocks = weight.column_blocks();
+    const std::int64_t k = weight.rows, n = weight.columns;
     bool good;
     if (const std::int64_t parts = row_parts(rows, rows * k * n, pool); parts > 0) {
         good = run(pool, parts, [&](std::int64_t part) {
             const std::int64_t from = rows * part / parts, count = rows * (part + 1) / parts - from;
             const Rows& a = memory().own_rows.make(form, count, x + from * k, k, k);
-            form.linear(a, weight, 0, blocks, y + from * n, n);
+            form.linear(a, weight, 0, weight.column_blocks(), y + from * n, n);
         });
     } else {
-        const Rows& a = memory().shared_rows.make(form, rows, x, k, k);
-        const std::int64_t pairs = (blocks + 1) / 2, count = std::min<std::int64_t>(pool.threads, pairs);
-        good = run(pool, count, [&](std::int64_t part) {
-            form.linear(a, weight, pairs * part / count * 2, std::min(blocks, pairs * (part + 1) / count * 2), y, n);
-        });
+        good = by_columns(form, memory().shared_rows.make(form, rows, x, k, k), weight, y, pool);
     }
     return good ? Status::kOk : Status::kOutOfMemory;
 } catch (const std::bad_alloc&) {
@@ -148,7 +157,7 @@ Status linear(const Matrix& weight, std::int64_t rows, const float* x, float* y,
 }
 
 Status mlp(const Matrix& gate, const Matrix& up, const Matrix& down, std::int64_t rows, const float* x, float* y,
-            const Pool& pool) noexcept try {
+           const Pool& pool) noexcept try {
     if (rows < 0 || !valid(gate) || !valid(up) || !valid(down)) return Status::kInvalidShape;
     if (gate.rows != up.rows || gate.columns != up.columns || gate.bits != up.bits || down.rows != gate.columns) {
         return Status::kInvalidShape;
@@ -176,13 +185,7 @@ Status mlp(const Matrix& gate, const Matrix& up, const Matrix& down, std::int64_
         good = run(pool, count, [&](std::int64_t part) {
             form.gated(a, gate, up, wide * part / count, wide * (part + 1) / count, hidden, f);
         });
-        const Rows& h = mine.shared_hidden.make(form, rows, hidden, f, f);
-        const std::int64_t blocks = down.column_blocks(), pairs = (blocks + 1) / 2;
-        const std::int64_t parts_down = std::min<std::int64_t>(pool.threads, pairs);
-        good = run(pool, parts_down, [&](std::int64_t part) {
-            const std::int64_t last = std::min(blocks, pairs * (part + 1) / parts_down * 2);
-            form.linear(h, down, pairs * part / parts_down * 2, last, y, n);
-        }) && good;
+        good = by_columns(form, mine.shared_hidden.make(form, rows, hidden, f, f), down, y, pool) && good;
     }
     return good ? Status::kOk : Status::kOutOfMemory;
 } catch (const std::bad_alloc&) {

@@ -1,5 +1,5 @@
-// Products of int8 rows with AVX-512 VNNI. vpdpbusd multiplies unsigned by signed bytes; the unsigned ones are the weights, in
-// a register, so that four bytes of an activation can be broadcast from memory by the instruction itself.
+// Products of int8 rows with AVX-512 VNNI. vpdpbusd multiplies unsigned by signed bytes; the unsigned ones are the
+// weights, in a register, so that four bytes of an activation can be broadcast from memory by the instruction itself.
 #include "rows8_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -42,7 +42,7 @@ REROUTE_VNNI inline __m512i four(const std::int8_t* a) {
 // Sums of `R` rows with two blocks of columns. A function of its own: inlined, GCC 12 keeps the sums in memory.
 template <int R>
 REROUTE_VNNI __attribute__((noinline)) void tile(const std::int8_t* a, std::int64_t blocks, const std::uint8_t* left,
-                              const std::uint8_t* right, __m512i (&l)[R], __m512i (&r)[R]) {
+                                                 const std::uint8_t* right, __m512i (&l)[R], __m512i (&r)[R]) {
     __m512i x[R], y[R];  // of this function alone: they stay in registers
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i) x[i] = y[i] = _mm512_setzero_si512();
@@ -211,29 +211,35 @@ REROUTE_VNNI inline void products(const Rows& rows, std::int64_t from, const Mat
 
 // Two blocks of columns of R rows from `from` on.
 template <int R, int Bits>
-REROUTE_VNNI void linear_tile(const Rows& rows, std::int64_t from, const Matrix& weight, std::int64_t block, bool two,
-                              float* y, std::int64_t pitch) {
-    __m512 l[R], r[R];
-    const std::int64_t second = two ? block + 1 : block;
-    products<R, Bits>(rows, from, weight, block, weight, second, l, r);
-    const __mmask16 left = lanes(weight.columns, block), right = two ? lanes(weight.columns, second) : __mmask16(0);
-    for (int i = 0; i < R; ++i) {
-        float* out = y + (from + i) * pitch;
-        _mm512_mask_storeu_ps(out + block * 16, left, l[i]);
-        _mm512_mask_storeu_ps(out + second * 16, right, r[i]);
+struct Linear {
+    REROUTE_VNNI static void run(std::int64_t from, const Rows& rows, const Matrix& weight, std::int64_t block,
+                                 bool two, float* y, std::int64_t pitch) {
+        __m512 l[R], r[R];
+        const std::int64_t second = two ? block + 1 : block;
+        products<R, Bits>(rows, from, weight, block, weight, second, l, r);
+        const __mmask16 left = lanes(weight.columns, block);
+        const __mmask16 right = two ? lanes(weight.columns, second) : __mmask16(0);
+        for (int i = 0; i < R; ++i) {
+            float* out = y + (from + i) * pitch;
+            _mm512_mask_storeu_ps(out + block * 16, left, l[i]);
+            _mm512_mask_storeu_ps(out + second * 16, right, r[i]);
+        }
     }
-}
+};
 
+// A block of columns of silu(gate) * up.
 template <int R, int Bits>
-REROUTE_VNNI void gated_tile(const Rows& rows, std::int64_t from, const Matrix& gate, const Matrix& up,
-                             std::int64_t block, float* y, std::int64_t pitch) {
-    __m512 l[R], r[R];
-    products<R, Bits>(rows, from, gate, block, up, block, l, r);
-    const __mmask16 mask = lanes(gate.columns, block);
-    for (int i = 0; i < R; ++i) {
-        _mm512_mask_storeu_ps(y + (from + i) * pitch + block * 16, mask, _mm512_mul_ps(silu(l[i]), r[i]));
+struct Gated {
+    REROUTE_VNNI static void run(std::int64_t from, const Rows& rows, const Matrix& gate, const Matrix& up,
+                                 std::int64_t block, float* y, std::int64_t pitch) {
+        __m512 l[R], r[R];
+        products<R, Bits>(rows, from, gate, block, up, block, l, r);
+        const __mmask16 mask = lanes(gate.columns, block);
+        for (int i = 0; i < R; ++i) {
+            _mm512_mask_storeu_ps(y + (from + i) * pitch + block * 16, mask, _mm512_mul_ps(silu(l[i]), r[i]));
+        }
     }
-}
+};
 
 // Calls Run<R, Bits>::run(from) for a group of `size` rows.
 template <template <int, int> class Run, int Bits, int R = kTile, typename... Arguments>
@@ -261,22 +267,6 @@ REROUTE_VNNI inline void each_group(int bits, std::int64_t rows, const Arguments
     }
 }
 
-template <int R, int Bits>
-struct Linear {
-    REROUTE_VNNI static void run(std::int64_t from, const Rows& rows, const Matrix& weight, std::int64_t block,
-                                 bool two, float* y, std::int64_t pitch) {
-        linear_tile<R, Bits>(rows, from, weight, block, two, y, pitch);
-    }
-};
-
-template <int R, int Bits>
-struct Gated {
-    REROUTE_VNNI static void run(std::int64_t from, const Rows& rows, const Matrix& gate, const Matrix& up,
-                                 std::int64_t block, float* y, std::int64_t pitch) {
-        gated_tile<R, Bits>(rows, from, gate, up, block, y, pitch);
-    }
-};
-
 REROUTE_VNNI void linear(const Rows& rows, const Matrix& weight, std::int64_t first, std::int64_t last, float* y,
                          std::int64_t pitch) {
     for (std::int64_t block = first; block < last; block += 2) {
@@ -284,8 +274,8 @@ REROUTE_VNNI void linear(const Rows& rows, const Matrix& weight, std::int64_t fi
     }
 }
 
-REROUTE_VNNI void gated(const Rows& rows, const Matrix& gate, const Matrix& up, std::int64_t first,
-                        std::int64_t last, float* y, std::int64_t pitch) {
+REROUTE_VNNI void gated(const Rows& rows, const Matrix& gate, const Matrix& up, std::int64_t first, std::int64_t last,
+                        float* y, std::int64_t pitch) {
     for (std::int64_t block = first; block < last; ++block) {
         each_group<Gated>(gate.bits, rows.count, rows, gate, up, block, y, pitch);
     }
