@@ -37,7 +37,7 @@ Json = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo" / "model")
-    parser.add_argument("--questions", type=int, default=300, help="for a box, and as many one-word ones (default 300)")
+    parser.add_argument("--questions", type=int, default=200, help="for a box, and as many one-word ones (default 200)")
     parser.add_argument("--kernels", type=Path, help="library of plugins_cpp/onnxruntime: each profile also with it")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     args = parser.parse_args()
