@@ -155,7 +155,7 @@ def require_kernels(library: Path, profile: Profile, backend: str) -> None:
     if not library.is_file():
         raise UserError(f"there is no library {library}", hint="plugins_cpp/README.md says how to build it")
     try:
-        instructions = ctypes.CDLL(str(library.resolve())).reroute_rows8_instructions
+        instructions = ctypes.CDLL(str(library.resolve())).reroute_cpu_instructions
     except (OSError, AttributeError) as error:
         raise UserError(
             f"{library} is not the library of kernels: {error}", hint="give libreroute_onnxruntime.so of this machine"
@@ -251,11 +251,12 @@ def _build_ort(
             tell(f"lowering the {name}")
             if name == "decoder" and manifest.tiers:
                 neutral, parts[name] = take_budgets(neutral, manifest)
-            graph, made = lower(neutral, "ort"), None
+            own = name == "decoder" and kernels is not None
+            graph, made = lower(neutral, "ort-kernels" if own else "ort"), None
             sink(graph.graph)
             if name == "decoder" and profile.quantized:
                 tell(f"quantising the decoder to {profile.label}")
-                made = quantize(graph, weights, profile, manifest.schedule, kernels=kernels is not None)
+                made = quantize(graph, weights, profile, manifest.schedule, kernels=own)
             files[data[name]].take(graph, weights, made)
             onnx.save(graph, folder / parts[name].file)
     for part in parts.values():

@@ -1,4 +1,4 @@
-"""Attention over a cache in ONNX Runtime: one GroupQueryAttention a layer, or for a long prompt several.
+"""Attention over a cache in ONNX Runtime: a kernel of plugins_cpp, or GroupQueryAttention, for a long prompt several.
 
     rows <= LONG   out = GroupQueryAttention(q, k, v, past)
     rows >  LONG   q, k, v in PARTS parts, one after the other, each with the cache that the one before left
@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from reroute.engines.dialects.ort import KERNELS
 from reroute.engines.widen import set_nodes
 
 LONG, PARTS = 400, 4
@@ -33,8 +34,15 @@ _ATTRIBUTES = (("num_heads", "num_heads"), ("kv_num_heads", "num_kv_heads"), ("s
 _FLOAT, _INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
 
 
+def call_kernels(model: onnx.ModelProto) -> None:
+    """Make the calls of RerouteAttention nodes of `KERNELS`, in place; inputs and attributes are the same."""
+    for node in model.graph.node:
+        if node.op_type == _OP:
+            node.domain, node.op_type = KERNELS, "Attention"
+
+
 def expand_attention(model: onnx.ModelProto) -> None:
-    """Replace the calls of RerouteAttention in a neutral decoder, in place."""
+    """Replace the calls of RerouteAttention in a neutral decoder by GroupQueryAttention, in place."""
     if not any(node.op_type == _OP for node in model.graph.node):
         return
     nodes: list[onnx.NodeProto] = _step()

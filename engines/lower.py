@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import onnx
 from onnx import inliner
 
-from reroute.engines.attention import expand_attention
+from reroute.engines.attention import call_kernels, expand_attention
 from reroute.engines.dialects import DIALECTS, DOMAIN, PLUGIN_OPS, Dialect
 from reroute.engines.targets import Form
 from reroute.errors import RerouteError
@@ -38,8 +38,10 @@ def lower(model: onnx.ModelProto, dialect_name: str, *, form: Form = "native") -
     kept = set(PLUGIN_OPS if form == "plugin" else ())
     if dialect.full_attention:
         _call_full_attention(lowered)
-    if dialect.grouped_attention:
+    if dialect.attention == "grouped":
         expand_attention(lowered)
+    elif dialect.attention == "kernels":
+        call_kernels(lowered)
     bodies = _bodies(model, dialect)
     used = {node.op_type for node in lowered.graph.node if node.domain == DOMAIN}
     if missing := sorted(used - bodies.keys()):

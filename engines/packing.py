@@ -17,7 +17,7 @@ class Columns8:
     """Signed int8 with a scale for each column.
 
     Attributes:
-        values: int8 [K, N]; of `blocked8` uint8 in blocks.
+        values: int8 [K, N].
         scales: float32 [N].
     """
 
@@ -51,22 +51,32 @@ def columns8(weight: np.ndarray) -> Columns8:
     return Columns8(values=values, scales=scales)
 
 
-def blocked8(weight: np.ndarray) -> Columns8:
-    """`columns8` as plugins_cpp/include/reroute/rows8.h reads it: uint8 [ceil(N / 16), ceil(K / 4), 64] around 128.
+def blocked_shape(rows: int, columns: int, bits: int) -> tuple[int, int]:
+    """Shape of what `blocked8` or `blocked4` makes of a matrix: blocks of 16 columns, and their bytes."""
+    return -(-columns // 16), -(-rows // 4) * 64 + 64 if bits == 8 else -(-rows // 64) * 576
 
-    A block holds 16 columns of 4 rows, the rows of a column together. K and N are filled up with the middle.
+
+def blocked8(weight: np.ndarray) -> np.ndarray:
+    """`columns8` as plugins_cpp/include/reroute/rows8.h reads it: uint8 [ceil(N / 16), ceil(K / 4) * 64 + 64].
+
+    Each 64 bytes are 16 columns of 4 rows around 128, the rows of a column together; the last 64 are the scales. K and
+    N are filled up with the middle.
     """
     plain = columns8(weight)
     rows, columns = weight.shape
     tall, wide = -(-rows // 4), -(-columns // 16)
     values = np.full((tall * 4, wide * 16), 128, np.uint8)
     values[:rows, :columns] = plain.values.view(np.uint8) ^ 128  # + 128
-    ordered = values.reshape(tall, 4, wide, 16).transpose(2, 0, 3, 1)
-    return Columns8(values=np.ascontiguousarray(ordered).reshape(wide, tall, 64), scales=plain.scales)
+    scales = np.zeros(wide * 16, np.float32)
+    scales[:columns] = plain.scales
+    made = np.empty(blocked_shape(rows, columns, 8), np.uint8)
+    made[:, :-64] = values.reshape(tall, 4, wide, 16).transpose(2, 0, 3, 1).reshape(wide, -1)
+    made[:, -64:] = scales.view(np.uint8).reshape(wide, 64)
+    return made
 
 
 def blocked4(weight: np.ndarray) -> np.ndarray:
-    """`blocks` of 4 bits and 64 rows as plugins_cpp/include/reroute/rows8.h reads them: uint8 [ceil(N / 16), B, 576].
+    """`blocks` of 4 bits and 64 rows as plugins_cpp/include/reroute/rows8.h reads them: uint8 [ceil(N / 16), B * 576].
 
     A block holds 16 columns of 64 rows: 8 times 64 bytes, whose low halves are 4 rows and whose high halves the next 4,
     then the scales.
@@ -81,7 +91,7 @@ def blocked4(weight: np.ndarray) -> np.ndarray:
     rows = halves.reshape(wide, 16, count, 8, 2, 4)
     pairs = (rows[..., 0, :] | rows[..., 1, :] << 4).transpose(0, 2, 3, 1, 4).reshape(wide, count, 512)
     steps = np.ascontiguousarray(scales.reshape(wide, 16, count).transpose(0, 2, 1)).view(np.uint8)
-    return np.concatenate([pairs, steps], axis=-1)
+    return np.concatenate([pairs, steps], axis=-1).reshape(wide, -1)
 
 
 def blocks(weight: np.ndarray, *, bits: int, block: int) -> Blocks:

@@ -14,15 +14,15 @@ Of a gated MLP, the product with the steps of `up` waits: it is one number for e
 
 BLOCKS8 and BLOCKS4 are MatMulNBits with int8 activations (accuracy level 4).
 
-With the kernels of plugins_cpp a product is one node, which quantises rows as it goes, and so is a gated MLP whose
-three matrices have equal bits: `Linear8`, `Mlp8` (ROWS8, and in place of BLOCKS8), `Linear4`, `Mlp4` (the weights of
-BLOCKS4, activations with a step for each row). The output matrix stays BLOCKS8.
+With the kernels of plugins_cpp a product is one node, which quantises rows as it goes, and several are one where
+`reroute.engines.fused` finds them. Their 8 bits are ROWS8, also in place of BLOCKS8; their 4 bits are the weights of
+BLOCKS4, with a step for each row of activations. The output matrix stays BLOCKS8.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,8 +31,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from reroute.engines.branches import names_inside, names_read
-from reroute.engines.gated import GatedMlp, gated_mlps
-from reroute.engines.packing import Blocks, Columns8, blocked4, blocked8, blocks, columns8
+from reroute.engines.dialects.ort import KERNELS
+from reroute.engines.fused import Fusions, GatedMlp, Linears, RestOfLayer
+from reroute.engines.packing import Blocks, Columns8, blocked4, blocked8, blocked_shape, blocks, columns8
 from reroute.engines.profiles import Form, Profile
 from reroute.engines.weights import Weights
 from reroute.engines.widen import FLOAT, NARROW, set_nodes
@@ -40,7 +41,6 @@ from reroute.errors import RerouteError
 from reroute.schedule import Schedule
 
 MICROSOFT = "com.microsoft"
-KERNELS = "reroute.cpu"  # the domain of plugins_cpp/onnxruntime
 EMBEDDING, OUTPUT = "embed.weight", "lm_head.weight"
 _BLOCKS = {Form.BLOCKS8: (8, 128), Form.BLOCKS4: (4, 64)}
 PREFIX = "Quantized"  # of the names of all nodes that are made here
@@ -66,7 +66,7 @@ def quantize(
         weights: of the graph that it came from.
         profile: which forms.
         schedule: where scores are made.
-        kernels: products are nodes of the domain `KERNELS`.
+        kernels: lowered in the dialect "ort-kernels"; products are nodes of the domain `KERNELS`.
 
     Returns:
         The new initializers: what makes them, to be called once, when they are written.
@@ -76,16 +76,13 @@ def quantize(
     graph = model.graph
     work = _Rewrite(graph, weights, profile, schedule, kernels=kernels)
     for node in graph.node:
-        if node.output[0] in work.fused:
+        if work.fuse(node):
             continue
-        if node.output[0] in work.gated:
-            work.mlp(work.gated[node.output[0]])
-            continue
-        form, bits = work.form_of(node), work.bits_of(node)
+        form = work.form_of(node)
         if form is Form.FLOAT:
             work.keep(node)
-        elif bits:
-            work.linear(node, bits)
+        elif work.bits_of(node):
+            work.linear(node)
         elif form is Form.ROWS8:
             work.rows8(node, node.input[1])
         else:
@@ -96,9 +93,8 @@ def quantize(
         if entry.domain == "":
             entry.version = min(entry.version, _OPSET)
     known = {entry.domain for entry in model.opset_import}
-    for domain in (MICROSOFT, *((KERNELS,) if kernels else ())):
-        if domain not in known:
-            model.opset_import.append(helper.make_opsetid(domain, 1))
+    if MICROSOFT not in known:
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     return work.made
 
 
@@ -129,11 +125,7 @@ class _Rewrite:
         self.waiting: dict[str, tuple[str, str]] = {}  # products whose steps wait: the product without, the steps
         self.owed: dict[str, str] = {}  # activations that lack the steps of the row, and those steps
         self.packed: tuple[str, Columns8 | Blocks] | None = None  # the matrix that was packed last
-        self.gated: dict[str, GatedMlp] = {}  # by the last of their nodes, and what the others make
-        self.fused: set[str] = set()
-        if kernels:
-            self.gated = gated_mlps(graph, self.bits_of)
-            self.fused = {name for mlp in self.gated.values() for name in mlp.inner}
+        self.fusions = Fusions(graph, self.bits_of) if kernels else None
 
     def bits_of(self, node: onnx.NodeProto) -> int:
         """Bits of a product's weights in the kernels; 0 for what they do not do."""
@@ -142,35 +134,55 @@ class _Rewrite:
             return 0
         return 4 if form is Form.BLOCKS4 else 8
 
-    def mlp(self, mlp: GatedMlp) -> None:
-        """A gated MLP as one node of the kernels."""
-        bits = self.bits_of(mlp.down)
-        inputs = [mlp.gate.input[0]]
-        for node in (mlp.gate, mlp.up, mlp.down):
-            inputs += self.kernel_weight(node.input[1], bits)
-        (inner, hidden), (_, outer) = self.shapes[mlp.gate.input[1]], self.shapes[mlp.down.input[1]]
-        self.emit(f"Mlp{bits}", inputs, list(mlp.down.output), domain=KERNELS, K=inner, F=hidden, N=outer)
+    def fuse(self, node: onnx.NodeProto) -> bool:
+        """Put one node of the kernels in place of several; whether `node` is one of them."""
+        if self.fusions is None:
+            return False
+        found = self.fusions.at.get(node.output[0])
+        if isinstance(found, GatedMlp):
+            (inner, hidden), (_, outer) = (self.shapes[product.input[1]] for product in found.products[1:])
+            sizes = {"K": inner, "F": hidden, "N": outer, "bits": self.bits_of(found.down)}
+            self.kernel("Mlp", [found.gate.input[0], *map(self.kernel_weight, found.products)], node.output, sizes)
+        elif isinstance(found, RestOfLayer):
+            output, norm, mlp = found.output, found.norm, found.mlp
+            (attended, width), (_, hidden) = (self.shapes[product.input[1]] for product in (output, mlp.gate))
+            sizes = {"K": attended, "D": width, "F": hidden, "output_bits": self.bits_of(output)}
+            sizes["bits"] = self.bits_of(mlp.down)
+            inputs = [found.h, output.input[0], self.kernel_weight(output), norm.weight]
+            inputs += map(self.kernel_weight, mlp.products)
+            self.kernel("RestOfLayer", inputs, node.output, sizes, epsilon=norm.epsilon)
+        elif isinstance(found, Linears):
+            sizes = {"K": self.shapes[found.products[0].input[1]][0]}
+            for i, product in enumerate(found.products):
+                sizes |= {f"N{i}": self.shapes[product.input[1]][1], f"bits{i}": self.bits_of(product)}
+            inputs = [found.norm.x, found.norm.weight, *map(self.kernel_weight, found.products)]
+            outputs = [product.output[0] for product in found.products]
+            self.kernel("Linears", inputs, outputs, sizes, epsilon=found.norm.epsilon)
+        return found is not None or node.output[0] in self.fusions.gone
 
-    def linear(self, node: onnx.NodeProto, bits: int) -> None:
+    def linear(self, node: onnx.NodeProto) -> None:
         """x @ W as one node of the kernels."""
         rows, columns = self.shapes[node.input[1]]
-        inputs = [node.input[0], *self.kernel_weight(node.input[1], bits)]
-        self.emit(f"Linear{bits}", inputs, list(node.output), domain=KERNELS, K=rows, N=columns)
+        sizes = {"K": rows, "N": columns, "bits": self.bits_of(node)}
+        self.kernel("Linear", [node.input[0], self.kernel_weight(node)], node.output, sizes)
 
-    def kernel_weight(self, weight: str, bits: int) -> list[str]:
-        """Names of a matrix's initializers as the kernels read it."""
-        values, scales = f"{weight}.int{bits}", f"{weight}.scales"
+    def kernel(
+        self, kind: str, inputs: Sequence[str], outputs: Sequence[str], sizes: dict[str, int], **others: float
+    ) -> None:
+        """A node of the kernels."""
+        self.emit(kind, list(inputs), list(outputs), domain=KERNELS, **sizes, **others)
+
+    def kernel_weight(self, product: onnx.NodeProto) -> str:
+        """The name of a product's matrix as the kernels read it."""
+        weight, bits = product.input[1], self.bits_of(product)
+        name = f"{weight}.int{bits}"
         if weight not in self.replaced:
             self.replaced.add(weight)
+            blocked = blocked8 if bits == 8 else blocked4
             rows, columns = self.shapes[weight]
-            wide = -(-columns // 16)
-            if bits == 8:
-                made = {values: (UINT8, (wide, -(-rows // 4), 64)), scales: (FLOAT, (columns,))}
-                self.pack(weight, blocked8, made)
-            else:
-                self.tensors.append(onnx.TensorProto(name=values, data_type=UINT8, dims=(wide, -(-rows // 64), 576)))
-                self.made[values] = lambda: blocked4(self.weights.read(weight))
-        return [values, scales] if bits == 8 else [values]
+            self.tensors.append(onnx.TensorProto(name=name, data_type=UINT8, dims=blocked_shape(rows, columns, bits)))
+            self.made[name] = lambda: blocked(self.weights.read(weight))
+        return name
 
     def form_of(self, node: onnx.NodeProto) -> Form:
         """What becomes of a node: FLOAT is as it is."""

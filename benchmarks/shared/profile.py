@@ -28,8 +28,9 @@ FIXED = ("output matrix", "embedding", "shapes")  # what does not belong to a la
 # Group -> what is in it, for the table.
 GROUPS = {
     "MLP": "gate, up and down projections",
-    "attention projections": "q, k, v and output projections, but the next line",
+    "attention projections": "q, k, v and output projections, but the next line; with kernels the norm before q, k, v",
     "scoring projection": "keys of all rows at a decision layer: the layer needs a part of them anyway",
+    "rest of layers": "with kernels one node: attention's output projection, norm, MLP, residual sums",
     "attention": "attention over the cache",
     "norms": "root mean square norms",
     "rotary": "rotary embedding",
@@ -63,6 +64,7 @@ _BY_OP_TYPE = {
     "FusedMatMul": "other projections",
     "DynamicQuantizeLinear": "quantisation",
     "GroupQueryAttention": "attention",
+    "Attention": "attention",
     "RotaryEmbedding": "rotary",
     "RMSNormalization": "norms",
     "SimplifiedLayerNormalization": "norms",
@@ -85,6 +87,8 @@ def groups_of(nodes: Iterable[Node], scoring_layers: Sequence[int]) -> dict[str,
             found[name] = "embedding"
         elif body and body[1] in _OPS:
             found[name] = _OPS[body[1]]
+        elif op_type == "RestOfLayer":
+            found[name] = "rest of layers"
         elif by_weight := _group_by_weight(inputs, scoring_layers):
             found[name] = by_weight
         else:

@@ -6,7 +6,8 @@ dialect has none, and inlines them: the result holds only operators that the bac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from reroute.engines.dialects import ort, trt, trt_jp6
 
@@ -24,7 +25,8 @@ class Dialect:
             checker then holds every node to that version.
         full_attention: standard Attention nodes without mask and cache (a vision tower's) are calls of
             `RerouteFullAttention`, whose body the dialect has.
-        grouped_attention: RerouteAttention becomes ONNX Runtime's GroupQueryAttention, see `reroute.engines.attention`.
+        attention: what RerouteAttention becomes: "body", like other ops, "grouped", ONNX Runtime's GroupQueryAttention,
+            or "kernels", a node of plugins_cpp/onnxruntime; see `reroute.engines.attention`.
         guarded_decisions: a decision's body runs only in steps with visual rows; needs the operator If.
     """
 
@@ -32,20 +34,17 @@ class Dialect:
     opsets: dict[str, int] = field(default_factory=dict)
     opset: int | None = None
     full_attention: bool = False
-    grouped_attention: bool = False
+    attention: Literal["body", "grouped", "kernels"] = "body"
     guarded_decisions: bool = False
 
 
+# ONNX Runtime 1.23, the last for Python 3.10 (JetPack 6), knows opset 23; only TensorScatter needs 24.
+_ORT = Dialect(bodies=ort.BODIES, opsets={"com.microsoft": 1}, opset=23, attention="grouped", guarded_decisions=True)
+
 DIALECTS: dict[str, Dialect] = {
     "standard": Dialect(),
-    # ONNX Runtime 1.23, the last for Python 3.10 (JetPack 6), knows opset 23; only TensorScatter needs 24.
-    "ort": Dialect(
-        bodies=ort.BODIES,
-        opsets={"com.microsoft": 1},
-        opset=23,
-        grouped_attention=True,
-        guarded_decisions=True,
-    ),
+    "ort": _ORT,
+    "ort-kernels": replace(_ORT, opsets=_ORT.opsets | {ort.KERNELS: 1}, attention="kernels"),
     "trt": Dialect(bodies=trt.BODIES, full_attention=True),
     # TensorRT 10.0 to 10.3 document opsets 9 to 20.
     "trt-jp6": Dialect(bodies=trt_jp6.BODIES, opset=20, full_attention=True),

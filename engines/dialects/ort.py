@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from onnx.defs import OpSchema, SchemaError, get_schema, register_schema
 
+KERNELS = "reroute.cpu"  # the domain of plugins_cpp/onnxruntime
+
 _HEADER = '<opset_import: ["": 24, "com.microsoft": 1], domain: "reroute">'
 
 RMS_NORM = f"""{_HEADER}

@@ -21,7 +21,7 @@ struct Domain;
 struct CustomOp;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kFloat = 1, kUint8 = 2 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt32 = 6 };
 enum Characteristic : int { kRequired = 0 };
 enum MemoryType : int { kDefaultMemory = 0 };
 
@@ -49,6 +49,7 @@ using GetDimensionsCount = Entry<61, Error*(const TensorInfo*, std::size_t*)>;
 using GetDimensions = Entry<62, Error*(const TensorInfo*, std::int64_t*, std::size_t)>;
 using GetTensorShapeElementCount = Entry<64, Error*(const TensorInfo*, std::size_t*)>;
 using GetTensorTypeAndShape = Entry<65, Error*(const Value*, TensorInfo**)>;
+using KernelInfoGetAttributeFloat = Entry<85, Error*(const KernelInfo*, const char*, float*)>;
 using KernelInfoGetAttributeInt64 = Entry<86, Error*(const KernelInfo*, const char*, std::int64_t*)>;
 using KernelContextGetInput = Entry<90, Error*(const KernelContext*, std::size_t, const Value**)>;
 using KernelContextGetOutput =

@@ -21,6 +21,7 @@ SAME_PLACE(GetDimensionsCount, GetDimensionsCount);
 SAME_PLACE(GetDimensions, GetDimensions);
 SAME_PLACE(GetTensorShapeElementCount, GetTensorShapeElementCount);
 SAME_PLACE(GetTensorTypeAndShape, GetTensorTypeAndShape);
+SAME_PLACE(KernelInfoGetAttributeFloat, KernelInfoGetAttribute_float);
 SAME_PLACE(KernelInfoGetAttributeInt64, KernelInfoGetAttribute_int64);
 SAME_PLACE(KernelContextGetInput, KernelContext_GetInput);
 SAME_PLACE(KernelContextGetOutput, KernelContext_GetOutput);
@@ -50,7 +51,8 @@ SAME_MEMBER(start_version, GetStartVersion);
 SAME_MEMBER(end_version, GetEndVersion);
 
 static_assert(static_cast<int>(kFloat) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
-              static_cast<int>(kUint8) == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 && static_cast<int>(kFail) == ORT_FAIL &&
+              static_cast<int>(kUint8) == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 &&
+              static_cast<int>(kInt32) == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 && static_cast<int>(kFail) == ORT_FAIL &&
               static_cast<int>(kInvalidArgument) == ORT_INVALID_ARGUMENT &&
               static_cast<int>(kRequired) == INPUT_OUTPUT_REQUIRED &&
               static_cast<int>(kDefaultMemory) == OrtMemTypeDefault);

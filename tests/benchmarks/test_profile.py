@@ -35,13 +35,16 @@ def test_groups_follow_bodies_and_weights() -> None:
         ("RerouteScatter.scattered__22", "ScatterND", ["flat__22"]),
         ("RerouteAttention.out__12", "GroupQueryAttention", ["rotary"]),
         ("node_add", "Add", ["gather", "matmul"]),
+        ("Quantized.linear_1", "Linears", ["add", "layers.0.input_norm.weight", "layers.0.q_proj.weight.int8"]),
+        ("node_attention", "Attention", ["rotary", "past.0.key"]),
+        ("Quantized.add_1", "RestOfLayer", ["add", "attention", "layers.0.o_proj.weight.int8"]),
         ("node_lm_head", "MatMul", ["rms_norm", "lm_head.weight"]),
         ("node_Shape_0", "Shape", ["input_ids"]),
     ]
     assert list(groups_of(nodes, scoring_layers=[2]).values()) == [
         "embedding", "embedding", "norms", "attention projections", "scoring projection", "MLP",
-        "attention projections", "select", "select", "gather", "scatter", "attention", "elementwise", "output matrix",
-        "shapes",
+        "attention projections", "select", "select", "gather", "scatter", "attention", "elementwise",
+        "attention projections", "attention", "rest of layers", "output matrix", "shapes",
     ]  # fmt: skip
 
 

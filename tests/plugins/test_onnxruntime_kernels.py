@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from reroute.cli import main
 from reroute.engines import KERNELS_FILE, build
+from reroute.engines.dialects.ort import KERNELS
 from reroute.engines.packing import blocked4, blocked8, blocks, columns8
-from reroute.engines.quantize import KERNELS
 from reroute.errors import EXIT_USAGE, UserError
 from reroute.evaluation.fidelity import Fidelity, fidelity
 from reroute.evaluation.scenes import SceneSet
@@ -38,7 +38,7 @@ def fast_library(library: Path) -> Path:
     """Where a build with it is not refused."""
     import ctypes
 
-    instructions = ctypes.CDLL(str(library)).reroute_rows8_instructions
+    instructions = ctypes.CDLL(str(library)).reroute_cpu_instructions
     instructions.restype = ctypes.c_char_p
     if instructions() == b"portable":
         pytest.skip("this processor has no AVX-512 VNNI")
@@ -46,20 +46,35 @@ def fast_library(library: Path) -> Path:
 
 
 def session_of(
-    library: Path, kind: str, weights: dict[str, np.ndarray], sizes: dict[str, Any], width: int
+    library: Path,
+    kind: str,
+    inputs: dict[str, np.ndarray | int],
+    attributes: dict[str, Any],
+    outputs: tuple[int, ...],
+    bits: int,
 ) -> ort.InferenceSession:
-    arrays: dict[str, np.ndarray] = {}
-    for name, weight in weights.items():
-        if kind.endswith("8"):
-            packed = blocked8(weight)
-            arrays |= {f"{name}.values": packed.values, f"{name}.scales": packed.scales}
-        else:
-            arrays[f"{name}.values"] = blocked4(weight)
+    """A session of one node.
+
+    Args:
+        library: of kernels.
+        kind: the operator.
+        inputs: by name, in order: the last dimension of rows (0: any), weights of a norm [K], or a matrix [K, N].
+        attributes: of the node.
+        outputs: last dimensions.
+        bits: of the matrices.
+    """
+    blocked = blocked8 if bits == 8 else blocked4
+    arrays = {name: one if one.ndim == 1 else blocked(one) for name, one in inputs.items() if not isinstance(one, int)}
+    names = [f"y{i}" for i in range(len(outputs))]
+
+    def rows(name: str, width: int) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "M", width or "K"])
+
     graph = helper.make_graph(
-        [helper.make_node(kind, ["x", *arrays], ["y"], domain=KERNELS, **sizes)],
+        [helper.make_node(kind, list(inputs), names, domain=KERNELS, **attributes)],
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "M", "K"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "M", width])],
+        [rows(name, one) for name, one in inputs.items() if isinstance(one, int)],
+        [rows(name, width) for name, width in zip(names, outputs, strict=True)],
         [numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(KERNELS, 1)]
@@ -92,6 +107,28 @@ def defined(x: np.ndarray, weight: np.ndarray, bits: int) -> np.ndarray:
     return (whole @ unpacked(weight, bits) * (largest / np.float32(127))).astype(np.float32)
 
 
+def gated(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray, bits: int) -> np.ndarray:
+    hidden = defined(x, gate, bits)
+    return defined((hidden / (1 + np.exp(-hidden)) * defined(x, up, bits)).astype(np.float32), down, bits)
+
+
+def normed(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    wide = x.astype(np.float64)
+    return (wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + epsilon) * weight).astype(np.float32)
+
+
+def random_rows(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# What is quantised behind a sum or an exponential can differ by one step of 254 where their last bits differ.
+STEP = 3e-3
+
+
+def near(y: Any, want: np.ndarray, within: float) -> bool:
+    return y.shape == want.shape and bool(np.abs(y - want).max() <= within * np.abs(want).max())
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("rows", "columns"), [(64, 48), (37, 130), (896, 17)])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 3), (1, 90), (3, 40)])
@@ -99,35 +136,61 @@ def test_a_linear_is_what_it_is_defined_to_be(
     library: Path, rows: int, columns: int, shape: tuple[int, int], bits: int
 ):
     weight = random_weight(rows, columns, 0)
-    session = session_of(library, f"Linear{bits}", {"w": weight}, {"K": rows, "N": columns}, columns)
-    x = np.random.default_rng(1).standard_normal((*shape, rows)).astype(np.float32)
-    y = np.asarray(session.run(None, {"x": x})[0])
-    want = defined(x, weight, bits)
-    assert y.shape == (*shape, columns)
-    assert np.abs(y - want).max() <= 1e-6 * np.abs(want).max()
+    attributes = {"K": rows, "N": columns, "bits": bits}
+    session = session_of(library, "Linear", {"x": rows, "w": weight}, attributes, (columns,), bits)
+    x = random_rows(1, *shape, rows)
+    assert near(session.run(None, {"x": x})[0], defined(x, weight, bits), 1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_linears_share_a_norm(library: Path, rows: int, bits: int):
+    norm = random_rows(6, 64)
+    weights = [random_weight(64, columns, columns) for columns in (96, 32, 17)]
+    attributes = {"K": 64, "epsilon": 0.5}
+    for i, weight in enumerate(weights):
+        attributes |= {f"N{i}": weight.shape[1], f"bits{i}": bits}
+    inputs = {"x": 64, "norm": norm} | {f"w{i}": weight for i, weight in enumerate(weights)}
+    session = session_of(library, "Linears", inputs, attributes, (96, 32, 17), bits)
+    x = random_rows(7, 1, rows, 64)
+    for y, weight in zip(session.run(None, {"x": x}), weights, strict=True):
+        assert near(y, defined(normed(x, norm, 0.5), weight, bits), STEP)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [1, 5, 70])
 def test_an_mlp_is_three_linears(library: Path, rows: int, bits: int):
     gate, up, down = random_weight(64, 150, 2), random_weight(64, 150, 3), random_weight(150, 48, 4)
-    sizes = {"K": 64, "F": 150, "N": 48}
-    session = session_of(library, f"Mlp{bits}", {"gate": gate, "up": up, "down": down}, sizes, 48)
-    x = np.random.default_rng(5).standard_normal((1, rows, 64)).astype(np.float32)
-    hidden = defined(x, gate, bits)
-    want = defined((hidden / (1 + np.exp(-hidden)) * defined(x, up, bits)).astype(np.float32), down, bits)
-    y = np.asarray(session.run(None, {"x": x})[0])
-    assert np.abs(y - want).max() <= 2e-3 * np.abs(want).max()
+    attributes = {"K": 64, "F": 150, "N": 48, "bits": bits}
+    inputs = {"x": 64, "gate": gate, "up": up, "down": down}
+    session = session_of(library, "Mlp", inputs, attributes, (48,), bits)
+    x = random_rows(5, 1, rows, 64)
+    assert near(session.run(None, {"x": x})[0], gated(x, gate, up, down, bits), STEP)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_the_rest_of_a_layer_is_made_of_its_parts(library: Path, rows: int, bits: int):
+    output, norm = random_weight(48, 64, 1), random_rows(6, 64)
+    gate, up, down = random_weight(64, 150, 2), random_weight(64, 150, 3), random_weight(150, 64, 4)
+    attributes = {"K": 48, "D": 64, "F": 150, "output_bits": bits, "bits": bits, "epsilon": 1e-5}
+    inputs = {"h": 64, "a": 48, "output": output, "norm": norm, "gate": gate, "up": up, "down": down}
+    session = session_of(library, "RestOfLayer", inputs, attributes, (64,), bits)
+    h, a = random_rows(8, 1, rows, 64), random_rows(9, 1, rows, 48)
+    residual = h + defined(a, output, bits)
+    want = residual + gated(normed(residual, norm, 1e-5), gate, up, down, bits)
+    assert near(session.run(None, {"h": h, "a": a})[0], want, STEP)
+    with pytest.raises(Exception, match="last dimension"):
+        session.run(None, {"h": h, "a": np.concatenate([a, a], axis=1)})
 
 
 def test_what_does_not_fit_is_an_error_and_no_access_out_of_bounds(library: Path):
-    weights = {"w": random_weight(64, 48, 0)}
-    session = session_of(library, "Linear8", weights, {"K": 64, "N": 48}, 48)
-    with pytest.raises(Exception, match="last dimension"):
-        session.run(None, {"x": np.zeros((1, 2, 63), np.float32)})
-    session = session_of(library, "Linear8", weights, {"K": 640, "N": 48}, 48)
-    with pytest.raises(Exception, match="not of the size"):
-        session.run(None, {"x": np.zeros((1, 2, 640), np.float32)})
+    weight = random_weight(64, 48, 0)
+    for inner, message in ((64, "last dimension"), (640, "not of the size")):
+        attributes = {"K": inner, "N": 48, "bits": 8}
+        session = session_of(library, "Linear", {"x": 0, "w": weight}, attributes, (48,), 8)
+        with pytest.raises(Exception, match=message):
+            session.run(None, {"x": np.zeros((1, 2, 63 if inner == 64 else inner), np.float32)})
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -148,10 +211,15 @@ def test_all_matrices_but_those_that_score_are_the_kernels(bundles: tuple[Path, 
     graph = onnx.load(bundles[1] / "decoder.onnx", load_external_data=False).graph
     layers, scoring = manifest.model.text.num_layers, len(manifest.schedule.scoring_layers)
     kinds = Counter(node.op_type for node in graph.node)
+    # In front of attention a norm and three products, but where a scoring layer's keys are float32; behind it the rest.
+    assert (kinds["Linears"], kinds["Linear"]) == (layers - scoring, 2 * scoring)
+    assert (kinds["RestOfLayer"], kinds["Attention"], kinds["Mlp"]) == (layers, layers, 0)
     wide = layers if manifest.profile == "int8" else manifest.schedule.scoring_layers[-2]
-    assert (kinds["Mlp8"], kinds["Mlp4"]) == (wide, layers - wide)
-    assert kinds["Linear8"] + kinds["Linear4"] == 4 * layers - scoring  # a scoring layer's keys are float32
-    assert not {"MatMulIntegerToFloat", "QuantizeLinear", "Sigmoid"} & kinds.keys()
+    rests = [node for node in graph.node if node.op_type == "RestOfLayer"]
+    bits = [next(one.i for one in node.attribute if one.name == "bits") for node in rests]
+    assert bits == [8] * wide + [4] * (layers - wide)
+    others = {"MatMulIntegerToFloat", "QuantizeLinear", "Sigmoid", "GroupQueryAttention"}
+    assert not others & kinds.keys()
     assert kinds["MatMulNBits"] == 1  # the output matrix
     manifest.verify_files(bundles[1])
 
@@ -238,7 +306,7 @@ def test_a_processor_without_the_instructions_is_told(
             def instructions() -> bytes:
                 return b"portable"
 
-            self.reroute_rows8_instructions = instructions
+            self.reroute_cpu_instructions = instructions
 
     monkeypatch.setattr("ctypes.CDLL", Portable)
     with pytest.raises(UserError, match="no AVX-512 VNNI"):

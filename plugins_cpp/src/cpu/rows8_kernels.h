@@ -22,19 +22,22 @@ struct Rows {
 };
 
 struct Kernels {
-    const char* name;
-    // x float [rows.count, width], at `pitch` floats a row. Fills values up to the stride with zeros.
-    void (*quantize)(const float* x, std::int64_t pitch, std::int64_t width, const Rows& rows);
+    // x float [rows.count, width]. Fills values up to the stride with zeros.
+    void (*quantize)(const float* x, std::int64_t width, const Rows& rows);
     // Columns of blocks first..last - 1 of y float [rows.count, pitch].
     void (*linear)(const Rows& rows, const Matrix& weight, std::int64_t first, std::int64_t last, float* y,
                    std::int64_t pitch);
     // silu(gate) * up, the same columns of both, which have equal bits.
     void (*gated)(const Rows& rows, const Matrix& gate, const Matrix& up, std::int64_t first, std::int64_t last,
                   float* y, std::int64_t pitch);
+    // The norm of reroute/rows8.h: x and y float [count, width].
+    void (*norm)(const float* x, std::int64_t count, std::int64_t width, const float* weight, float epsilon, float* y);
+    // y += x
+    void (*add)(const float* x, float* y, std::int64_t count);
 };
 
 extern const Kernels kPortable;
-// Null where the compiler or the processor has no AVX-512 VNNI.
-const Kernels* avx512_vnni() noexcept;
+// For processors with AVX-512 VNNI; the portable ones where the compiler knows no such.
+extern const Kernels kFast;
 
 }  // namespace reroute::rows8

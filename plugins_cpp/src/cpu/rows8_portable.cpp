@@ -9,20 +9,28 @@
 namespace reroute::rows8 {
 namespace {
 
+// The scale of a column, of the 16 that are stored there.
+float float_at(const std::uint8_t* scales, std::int64_t column) {
+    float scale;
+    std::memcpy(&scale, scales + column % 16 * 4, sizeof scale);
+    return scale;
+}
+
 float product8(const Rows& rows, std::int64_t row, const Matrix& weight, std::int64_t column) {
     const std::int64_t blocks = weight.row_blocks();
-    const std::uint8_t* w = weight.values + column / 16 * blocks * 64 + column % 16 * 4;
+    const std::uint8_t *block = weight.block(column / 16), *w = block + column % 16 * 4;
     const std::int8_t* a = rows.values + row * rows.stride;
     std::int32_t total = 0;
     for (std::int64_t k = 0; k < blocks; ++k, w += 64, a += 4) {
         total += a[0] * w[0] + a[1] * w[1] + a[2] * w[2] + a[3] * w[3];
     }
-    return static_cast<float>(total - 128 * rows.totals[row]) * (weight.scales[column] * rows.steps[row]);
+    const float scale = float_at(block + blocks * 64, column);
+    return static_cast<float>(total - 128 * rows.totals[row]) * (scale * rows.steps[row]);
 }
 
 float product4(const Rows& rows, std::int64_t row, const Matrix& weight, std::int64_t column) {
     const std::int64_t blocks = weight.row_blocks();
-    const std::uint8_t* block = weight.values + column / 16 * blocks * 576;
+    const std::uint8_t* block = weight.block(column / 16);
     const std::int8_t* a = rows.values + row * rows.stride;
     float total = 0;
     for (std::int64_t b = 0; b < blocks; ++b, block += 576) {
@@ -31,9 +39,7 @@ float product4(const Rows& rows, std::int64_t row, const Matrix& weight, std::in
             const std::uint8_t pair = block[k / 8 * 64 + column % 16 * 4 + k % 4];
             sum += *a * (k / 4 % 2 == 0 ? pair & 15 : pair >> 4);
         }
-        float scale;
-        std::memcpy(&scale, block + 512 + column % 16 * 4, sizeof scale);
-        total = std::fma(static_cast<float>(sum), scale, total);
+        total = std::fma(static_cast<float>(sum), float_at(block + 512, column), total);
     }
     return total * rows.steps[row];
 }
@@ -42,8 +48,8 @@ float product(const Rows& rows, std::int64_t row, const Matrix& weight, std::int
     return weight.bits == 8 ? product8(rows, row, weight, column) : product4(rows, row, weight, column);
 }
 
-void quantize(const float* x, std::int64_t pitch, std::int64_t width, const Rows& rows) {
-    for (std::int64_t m = 0; m < rows.count; ++m, x += pitch) {
+void quantize(const float* x, std::int64_t width, const Rows& rows) {
+    for (std::int64_t m = 0; m < rows.count; ++m, x += width) {
         float largest = 1e-30f;
         for (std::int64_t k = 0; k < width; ++k) largest = std::max(largest, std::fabs(x[k]));
         const float inverse = 127.0f / largest;
@@ -80,8 +86,21 @@ void gated(const Rows& rows, const Matrix& gate, const Matrix& up, std::int64_t 
     }
 }
 
+void norm(const float* x, std::int64_t count, std::int64_t width, const float* weight, float epsilon, float* y) {
+    for (std::int64_t m = 0; m < count; ++m, x += width, y += width) {
+        float squares = 0;
+        for (std::int64_t k = 0; k < width; ++k) squares = std::fma(x[k], x[k], squares);
+        const float factor = 1.0f / std::sqrt(squares / static_cast<float>(width) + epsilon);
+        for (std::int64_t k = 0; k < width; ++k) y[k] = x[k] * factor * weight[k];
+    }
+}
+
+void add(const float* x, float* y, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) y[i] += x[i];
+}
+
 }  // namespace
 
-const Kernels kPortable{"portable", quantize, linear, gated};
+const Kernels kPortable{quantize, linear, gated, norm, add};
 
 }  // namespace reroute::rows8

@@ -3,27 +3,19 @@
 #include "rows8_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-// GCC 12 warns of its own intrinsics (GCC bug 105593).
-#ifndef __clang__
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
-#define REROUTE_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#include "avx512.h"
 
 namespace reroute::rows8 {
 namespace {
 
-constexpr int kTile = 12;  // rows of a tile: with two blocks of columns, 24 of 32 registers are sums
+using cpu::exponential;
+using cpu::lanes;
 
-inline __mmask16 lanes(std::int64_t columns, std::int64_t block) {
-    const std::int64_t left = columns - block * 16;
-    return left >= 16 ? __mmask16(0xffff) : left <= 0 ? __mmask16(0) : __mmask16((1u << left) - 1);
-}
+constexpr int kTile = 12;  // rows of a tile: with two blocks of columns, 24 of 32 registers are sums
 
 // Rows are quantised into groups, one for each tile: values[k / 4][row of the group][k % 4], so that a tile reads one
 // stream. A group of rows `from` and on begins where these rows would begin one after the other.
@@ -33,7 +25,7 @@ struct Groups {
     std::int64_t from(std::int64_t group) const { return rows * group / count; }
 };
 
-REROUTE_VNNI inline __m512i four(const std::int8_t* a) {
+REROUTE_AVX512 inline __m512i four(const std::int8_t* a) {
     std::int32_t word;
     std::memcpy(&word, a, sizeof word);
     return _mm512_set1_epi32(word);
@@ -41,8 +33,8 @@ REROUTE_VNNI inline __m512i four(const std::int8_t* a) {
 
 // Sums of `R` rows with two blocks of columns. A function of its own: inlined, GCC 12 keeps the sums in memory.
 template <int R>
-REROUTE_VNNI __attribute__((noinline)) void tile(const std::int8_t* a, std::int64_t blocks, const std::uint8_t* left,
-                                                 const std::uint8_t* right, __m512i (&l)[R], __m512i (&r)[R]) {
+REROUTE_AVX512 __attribute__((noinline)) void tile(const std::int8_t* a, std::int64_t blocks, const std::uint8_t* left,
+                                                   const std::uint8_t* right, __m512i (&l)[R], __m512i (&r)[R]) {
     __m512i x[R], y[R];  // of this function alone: they stay in registers
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i) x[i] = y[i] = _mm512_setzero_si512();
@@ -65,20 +57,19 @@ REROUTE_VNNI __attribute__((noinline)) void tile(const std::int8_t* a, std::int6
 }
 
 // Of one row: what was summed, as float, without what 128 at each weight added.
-REROUTE_VNNI inline __m512 exact(__m512i sum, std::int32_t total) {
+REROUTE_AVX512 inline __m512 exact(__m512i sum, std::int32_t total) {
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(128 * total)));
 }
 
 // The products of `R` rows of a group with a block of columns of `left` and one of `right`, in float.
 template <int R>
-REROUTE_VNNI inline void products8(const Rows& rows, std::int64_t from, const Matrix& left, std::int64_t left_block,
-                                   const Matrix& right, std::int64_t right_block, __m512 (&l)[R], __m512 (&r)[R]) {
+REROUTE_AVX512 inline void products8(const Rows& rows, std::int64_t from, const Matrix& left, std::int64_t left_block,
+                                     const Matrix& right, std::int64_t right_block, __m512 (&l)[R], __m512 (&r)[R]) {
     __m512i x[R], y[R];
     const std::int64_t blocks = left.row_blocks();
-    tile<R>(rows.values + from * rows.stride, blocks, left.values + left_block * blocks * 64,
-            right.values + right_block * blocks * 64, x, y);
-    const __m512 sl = _mm512_maskz_loadu_ps(lanes(left.columns, left_block), left.scales + left_block * 16);
-    const __m512 sr = _mm512_maskz_loadu_ps(lanes(right.columns, right_block), right.scales + right_block * 16);
+    const std::uint8_t *wl = left.block(left_block), *wr = right.block(right_block);
+    tile<R>(rows.values + from * rows.stride, blocks, wl, wr, x, y);
+    const __m512 sl = _mm512_loadu_ps(wl + blocks * 64), sr = _mm512_loadu_ps(wr + blocks * 64);
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i) {
         const std::int32_t total = rows.totals[from + i];
@@ -90,12 +81,12 @@ REROUTE_VNNI inline void products8(const Rows& rows, std::int64_t from, const Ma
 
 // The same of 4 bits. A group may have more rows than there are registers for: `Part` of them at a time.
 template <int R, int Part>
-REROUTE_VNNI inline void part4(const Rows& rows, std::int64_t from, int begin, const Matrix& left,
-                               std::int64_t left_block, const Matrix& right, std::int64_t right_block, __m512* l,
-                               __m512* r) {
+REROUTE_AVX512 inline void part4(const Rows& rows, std::int64_t from, int begin, const Matrix& left,
+                                 std::int64_t left_block, const Matrix& right, std::int64_t right_block, __m512* l,
+                                 __m512* r) {
     constexpr std::int64_t ahead = R == 1 ? 2304 : 576;
     const std::int64_t blocks = left.row_blocks();
-    const std::uint8_t *wl = left.values + left_block * blocks * 576, *wr = right.values + right_block * blocks * 576;
+    const std::uint8_t *wl = left.block(left_block), *wr = right.block(right_block);
     const std::int8_t* a = rows.values + from * rows.stride + begin * 4;
     const std::int32_t* sums = rows.sums + (from + begin) * rows.blocks();
     const __m512i low = _mm512_set1_epi8(15);
@@ -135,8 +126,8 @@ REROUTE_VNNI inline void part4(const Rows& rows, std::int64_t from, int begin, c
 }
 
 template <int R>
-REROUTE_VNNI inline void products4(const Rows& rows, std::int64_t from, const Matrix& left, std::int64_t left_block,
-                                   const Matrix& right, std::int64_t right_block, __m512 (&l)[R], __m512 (&r)[R]) {
+REROUTE_AVX512 inline void products4(const Rows& rows, std::int64_t from, const Matrix& left, std::int64_t left_block,
+                                     const Matrix& right, std::int64_t right_block, __m512 (&l)[R], __m512 (&r)[R]) {
     constexpr int half = (R + 1) / 2;
     if constexpr (R <= 6) {
         part4<R, R>(rows, from, 0, left, left_block, right, right_block, l, r);
@@ -146,34 +137,21 @@ REROUTE_VNNI inline void products4(const Rows& rows, std::int64_t from, const Ma
     }
 }
 
-// e^x: 2^n * p(r) with |r| <= ln 2 / 2; Taylor's polynomial of degree 7 is right to a rounding there.
-REROUTE_VNNI inline __m512 exponential(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 5040);
-    for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    }
-    return _mm512_scalef_ps(p, n);
-}
-
-REROUTE_VNNI inline __m512 silu(__m512 x) {
+REROUTE_AVX512 inline __m512 silu(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f);
     const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
     return _mm512_div_ps(x, below);
 }
 
-REROUTE_VNNI void quantize(const float* x, std::int64_t pitch, std::int64_t width, const Rows& rows) {
+REROUTE_AVX512 void quantize(const float* x, std::int64_t width, const Rows& rows) {
     const Groups groups(rows.count);
     for (std::int64_t group = 0; group < groups.count; ++group) {
         const std::int64_t from = groups.from(group), size = groups.from(group + 1) - from;
         for (std::int64_t m = from; m < from + size; ++m) {
-            const float* row = x + m * pitch;
+            const float* row = x + m * width;
             __m512 most = _mm512_set1_ps(1e-30f);
             for (std::int64_t k = 0; k < width; k += 16) {
-                most = _mm512_max_ps(_mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(width - k, 0), row + k)), most);
+                most = _mm512_max_ps(_mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(width - k), row + k)), most);
             }
             const float largest = _mm512_reduce_max_ps(most);
             const __m512 inverse = _mm512_set1_ps(127.0f / largest);
@@ -182,7 +160,7 @@ REROUTE_VNNI void quantize(const float* x, std::int64_t pitch, std::int64_t widt
             for (std::int64_t block = 0; block < rows.blocks(); ++block) {
                 __m512i total = _mm512_setzero_si512();
                 for (std::int64_t k = block * 64; k < block * 64 + 64; k += 16) {
-                    const __m512 part = _mm512_maskz_loadu_ps(lanes(width - k, 0), row + k);
+                    const __m512 part = _mm512_maskz_loadu_ps(lanes(width - k), row + k);
                     __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(part, inverse));
                     whole = _mm512_max_epi32(_mm512_min_epi32(whole, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
                     total = _mm512_add_epi32(total, whole);
@@ -200,8 +178,8 @@ REROUTE_VNNI void quantize(const float* x, std::int64_t pitch, std::int64_t widt
 }
 
 template <int R, int Bits>
-REROUTE_VNNI inline void products(const Rows& rows, std::int64_t from, const Matrix& left, std::int64_t left_block,
-                                  const Matrix& right, std::int64_t right_block, __m512 (&l)[R], __m512 (&r)[R]) {
+REROUTE_AVX512 inline void products(const Rows& rows, std::int64_t from, const Matrix& left, std::int64_t left_block,
+                                    const Matrix& right, std::int64_t right_block, __m512 (&l)[R], __m512 (&r)[R]) {
     if constexpr (Bits == 8) {
         products8<R>(rows, from, left, left_block, right, right_block, l, r);
     } else {
@@ -212,8 +190,8 @@ REROUTE_VNNI inline void products(const Rows& rows, std::int64_t from, const Mat
 // Two blocks of columns of R rows from `from` on.
 template <int R, int Bits>
 struct Linear {
-    REROUTE_VNNI static void run(std::int64_t from, const Rows& rows, const Matrix& weight, std::int64_t block,
-                                 bool two, float* y, std::int64_t pitch) {
+    REROUTE_AVX512 static void run(std::int64_t from, const Rows& rows, const Matrix& weight, std::int64_t block,
+                                   bool two, float* y, std::int64_t pitch) {
         __m512 l[R], r[R];
         const std::int64_t second = two ? block + 1 : block;
         products<R, Bits>(rows, from, weight, block, weight, second, l, r);
@@ -230,8 +208,8 @@ struct Linear {
 // A block of columns of silu(gate) * up.
 template <int R, int Bits>
 struct Gated {
-    REROUTE_VNNI static void run(std::int64_t from, const Rows& rows, const Matrix& gate, const Matrix& up,
-                                 std::int64_t block, float* y, std::int64_t pitch) {
+    REROUTE_AVX512 static void run(std::int64_t from, const Rows& rows, const Matrix& gate, const Matrix& up,
+                                   std::int64_t block, float* y, std::int64_t pitch) {
         __m512 l[R], r[R];
         products<R, Bits>(rows, from, gate, block, up, block, l, r);
         const __mmask16 mask = lanes(gate.columns, block);
@@ -243,7 +221,7 @@ struct Gated {
 
 // Calls Run<R, Bits>::run(from) for a group of `size` rows.
 template <template <int, int> class Run, int Bits, int R = kTile, typename... Arguments>
-REROUTE_VNNI inline void group(int size, std::int64_t from, const Arguments&... arguments) {
+REROUTE_AVX512 inline void group(int size, std::int64_t from, const Arguments&... arguments) {
     if constexpr (R > 0) {
         if (size == R) {
             Run<R, Bits>::run(from, arguments...);
@@ -254,7 +232,7 @@ REROUTE_VNNI inline void group(int size, std::int64_t from, const Arguments&... 
 }
 
 template <template <int, int> class Run, typename... Arguments>
-REROUTE_VNNI inline void each_group(int bits, std::int64_t rows, const Arguments&... arguments) {
+REROUTE_AVX512 inline void each_group(int bits, std::int64_t rows, const Arguments&... arguments) {
     const Groups groups(rows);
     for (std::int64_t i = 0; i < groups.count; ++i) {
         const std::int64_t from = groups.from(i);
@@ -267,35 +245,53 @@ REROUTE_VNNI inline void each_group(int bits, std::int64_t rows, const Arguments
     }
 }
 
-REROUTE_VNNI void linear(const Rows& rows, const Matrix& weight, std::int64_t first, std::int64_t last, float* y,
-                         std::int64_t pitch) {
+REROUTE_AVX512 void linear(const Rows& rows, const Matrix& weight, std::int64_t first, std::int64_t last, float* y,
+                           std::int64_t pitch) {
     for (std::int64_t block = first; block < last; block += 2) {
         each_group<Linear>(weight.bits, rows.count, rows, weight, block, block + 1 < last, y, pitch);
     }
 }
 
-REROUTE_VNNI void gated(const Rows& rows, const Matrix& gate, const Matrix& up, std::int64_t first, std::int64_t last,
-                        float* y, std::int64_t pitch) {
+REROUTE_AVX512 void gated(const Rows& rows, const Matrix& gate, const Matrix& up, std::int64_t first, std::int64_t last,
+                          float* y, std::int64_t pitch) {
     for (std::int64_t block = first; block < last; ++block) {
         each_group<Gated>(gate.bits, rows.count, rows, gate, up, block, y, pitch);
     }
 }
 
-const Kernels kVnni{"avx512_vnni", quantize, linear, gated};
+REROUTE_AVX512 void norm(const float* x, std::int64_t count, std::int64_t width, const float* weight, float epsilon,
+                         float* y) {
+    for (std::int64_t m = 0; m < count; ++m, x += width, y += width) {
+        __m512 squares = _mm512_setzero_ps();
+        for (std::int64_t k = 0; k < width; k += 16) {
+            const __m512 part = _mm512_maskz_loadu_ps(lanes(width - k), x + k);
+            squares = _mm512_fmadd_ps(part, part, squares);
+        }
+        const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(width);
+        const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + epsilon));
+        for (std::int64_t k = 0; k < width; k += 16) {
+            const __mmask16 mask = lanes(width - k);
+            const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + k), factor);
+            _mm512_mask_storeu_ps(y + k, mask, _mm512_mul_ps(scaled, _mm512_maskz_loadu_ps(mask, weight + k)));
+        }
+    }
+}
+
+REROUTE_AVX512 void add(const float* x, float* y, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = lanes(count - i);
+        const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_maskz_loadu_ps(mask, y + i));
+        _mm512_mask_storeu_ps(y + i, mask, sum);
+    }
+}
 
 }  // namespace
 
-const Kernels* avx512_vnni() noexcept {
-    __builtin_cpu_init();
-    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vnni");
-    return has ? &kVnni : nullptr;
-}
+const Kernels kFast{quantize, linear, gated, norm, add};
 
 }  // namespace reroute::rows8
 #else
 namespace reroute::rows8 {
-const Kernels* avx512_vnni() noexcept { return nullptr; }
+const Kernels kFast = kPortable;
 }  // namespace reroute::rows8
 #endif

@@ -1,0 +1,279 @@
+//   Linear (x, matrix) -> y                                            K, N, bits
+//   Linears (x, norm, matrix, matrix, matrix) -> y, y, y               K, N0, N1, N2, bits0, bits1, bits2, epsilon
+//   Mlp (x, gate, up, down) -> y                                       K, F, N, bits
+//   RestOfLayer (h, a, output, norm, gate, up, down) -> y              K, D, F, output_bits, bits, epsilon
+//
+// Rows are float [..., K], norms float [K]; matrices, and what is computed, are as in reroute/rows8.h.
+#include <atomic>
+#include <iterator>
+#include <new>
+
+#include "kernel.h"
+#include "reroute/rows8.h"
+
+namespace reroute::ort {
+namespace {
+
+// What a node is made from; each operator has some of it.
+struct Node {
+    const Api* api = nullptr;
+    int threads = 1;
+    std::atomic<bool> checked{false};  // that its matrices are of their size: they are the graph's and do not change
+    Matrix matrices[3];                // of a linear, several, or a gated MLP, without the values
+    Matrix output;
+    float epsilon = 0;
+};
+
+// Reads a node's attributes one after the other; the first error stays.
+class Attributes {
+  public:
+    Attributes(const Api* api, const KernelInfo* info) : api_(api), info_(info) {}
+
+    std::int64_t whole(const char* name) {
+        std::int64_t value = 0;
+        if (error_ == nullptr) error_ = KernelInfoGetAttributeInt64::call(api_, info_, name, &value);
+        return value;
+    }
+    float real(const char* name) {
+        float value = 0;
+        if (error_ == nullptr) error_ = KernelInfoGetAttributeFloat::call(api_, info_, name, &value);
+        return value;
+    }
+    Matrix matrix(std::int64_t rows, std::int64_t columns, const char* bits) {
+        return {rows, columns, static_cast<int>(whole(bits)), nullptr};
+    }
+    Error* error() const { return error_; }
+
+  private:
+    const Api* api_;
+    const KernelInfo* info_;
+    Error* error_ = nullptr;
+};
+
+// Reads a call's inputs one after the other; the first error stays.
+class Inputs {
+  public:
+    Inputs(const Node& node, const KernelContext* context) : node_(node), context_(context) {}
+
+    // Rows of `width`; `like` are rows that must be as many.
+    const float* rows(std::int64_t width, Shape* shape, const Shape* like = nullptr) {
+        const float* data = nullptr;
+        if (error_ == nullptr) error_ = input(node_.api, context_, next_++, shape, &data);
+        if (error_ != nullptr) return nullptr;
+        bool good = shape->last() == width && (like == nullptr || like->rank == shape->rank);
+        for (std::size_t i = 0; good && like != nullptr && i + 1 < shape->rank; ++i) {
+            good = like->sizes[i] == shape->sizes[i];
+        }
+        if (!good) error_ = fail(node_.api, kInvalidArgument, "the last dimension of rows is not the matrix's");
+        return data;
+    }
+    Matrix matrix(Matrix matrix) {
+        matrix.values = data<std::uint8_t>(matrix.bytes());
+        return matrix;
+    }
+    Norm norm(std::int64_t width) { return {data<float>(width), node_.epsilon}; }
+    Error* error() const { return error_; }
+
+  private:
+    // A tensor of the graph of `count` elements.
+    template <typename T>
+    const T* data(std::int64_t count) {
+        const Value* value = nullptr;
+        const T* found = nullptr;
+        if (error_ == nullptr) error_ = KernelContextGetInput::call(node_.api, context_, next_++, &value);
+        if (error_ == nullptr && !node_.checked) error_ = require_count(node_.api, value, count);
+        if (error_ == nullptr) error_ = data_of(node_.api, value, &found);
+        return found;
+    }
+
+    static Error* require_count(const Api* api, const Value* value, std::int64_t count) {
+        TensorInfo* info = nullptr;
+        if (Error* error = GetTensorTypeAndShape::call(api, value, &info)) return error;
+        std::size_t have = 0;
+        Error* error = GetTensorShapeElementCount::call(api, info, &have);
+        ReleaseTensorTypeAndShapeInfo::call(api, info);
+        if (error != nullptr || have == static_cast<std::size_t>(count)) return error;
+        return fail(api, kInvalidArgument, "a matrix is not of the size that the node says");
+    }
+
+    const Node& node_;
+    const KernelContext* context_;
+    std::size_t next_ = 0;
+    Error* error_ = nullptr;
+};
+
+std::int64_t count_of(const Shape& rows) {
+    std::int64_t count = 1;
+    for (std::size_t i = 0; i + 1 < rows.rank; ++i) count *= rows.sizes[i];
+    return count;
+}
+
+// An output with the rows of `shape`, of another width.
+Error* output_rows(const Node& node, KernelContext* context, std::size_t index, Shape shape, std::int64_t width,
+                   float** y) {
+    shape.sizes[shape.rank - 1] = width;
+    return output(node.api, context, index, shape, y);
+}
+
+struct LinearOp {
+    static constexpr const char* kName = "Linear";
+    static constexpr std::size_t kOutputs = 1;
+    static constexpr ElementType kInputs[] = {kFloat, kUint8};
+
+    static void make(Attributes& attributes, Node& node) {
+        node.matrices[0] = attributes.matrix(attributes.whole("K"), attributes.whole("N"), "bits");
+    }
+    static Error* compute(const Node& node, KernelContext* context, Threads& threads, Status* status) {
+        Inputs in(node, context);
+        Shape shape;
+        const float* x = in.rows(node.matrices[0].rows, &shape);
+        const Matrix weight = in.matrix(node.matrices[0]);
+        float* y = nullptr;
+        if (Error* error = in.error()) return error;
+        if (Error* error = output_rows(node, context, 0, shape, weight.columns, &y)) return error;
+        *status = linear(weight, count_of(shape), x, y, threads.pool());
+        return nullptr;
+    }
+};
+
+struct LinearsOp {
+    static constexpr const char* kName = "Linears";
+    static constexpr std::size_t kOutputs = 3;
+    static constexpr ElementType kInputs[] = {kFloat, kFloat, kUint8, kUint8, kUint8};
+
+    static void make(Attributes& attributes, Node& node) {
+        const std::int64_t k = attributes.whole("K");
+        node.matrices[0] = attributes.matrix(k, attributes.whole("N0"), "bits0");
+        node.matrices[1] = attributes.matrix(k, attributes.whole("N1"), "bits1");
+        node.matrices[2] = attributes.matrix(k, attributes.whole("N2"), "bits2");
+        node.epsilon = attributes.real("epsilon");
+    }
+    static Error* compute(const Node& node, KernelContext* context, Threads& threads, Status* status) {
+        Inputs in(node, context);
+        Shape shape;
+        const std::int64_t k = node.matrices[0].rows;
+        const float* x = in.rows(k, &shape);
+        const Norm norm = in.norm(k);
+        Matrix weights[3];
+        float* ys[3] = {};
+        for (int i = 0; i < 3; ++i) weights[i] = in.matrix(node.matrices[i]);
+        if (Error* error = in.error()) return error;
+        for (std::size_t i = 0; i < 3; ++i) {
+            if (Error* error = output_rows(node, context, i, shape, weights[i].columns, &ys[i])) return error;
+        }
+        *status = linears(norm, weights, ys, 3, count_of(shape), x, threads.pool());
+        return nullptr;
+    }
+};
+
+// Gate, up and down of a node, of widths `outer` and `inner`.
+void make_mlp(Attributes& attributes, Node& node, std::int64_t in, std::int64_t out) {
+    const std::int64_t hidden = attributes.whole("F");
+    node.matrices[0] = node.matrices[1] = attributes.matrix(in, hidden, "bits");
+    node.matrices[2] = attributes.matrix(hidden, out, "bits");
+}
+Mlp mlp_of(const Node& node, Inputs& in) {
+    Mlp made;
+    made.gate = in.matrix(node.matrices[0]);
+    made.up = in.matrix(node.matrices[1]);
+    made.down = in.matrix(node.matrices[2]);
+    return made;
+}
+
+struct MlpOp {
+    static constexpr const char* kName = "Mlp";
+    static constexpr std::size_t kOutputs = 1;
+    static constexpr ElementType kInputs[] = {kFloat, kUint8, kUint8, kUint8};
+
+    static void make(Attributes& attributes, Node& node) {
+        const std::int64_t in = attributes.whole("K"), out = attributes.whole("N");
+        make_mlp(attributes, node, in, out);
+    }
+    static Error* compute(const Node& node, KernelContext* context, Threads& threads, Status* status) {
+        Inputs in(node, context);
+        Shape shape;
+        const float* x = in.rows(node.matrices[0].rows, &shape);
+        const Mlp weights = mlp_of(node, in);
+        float* y = nullptr;
+        if (Error* error = in.error()) return error;
+        if (Error* error = output_rows(node, context, 0, shape, weights.down.columns, &y)) return error;
+        *status = mlp(weights, count_of(shape), x, y, threads.pool());
+        return nullptr;
+    }
+};
+
+struct RestOfLayerOp {
+    static constexpr const char* kName = "RestOfLayer";
+    static constexpr std::size_t kOutputs = 1;
+    static constexpr ElementType kInputs[] = {kFloat, kFloat, kUint8, kFloat, kUint8, kUint8, kUint8};
+
+    static void make(Attributes& attributes, Node& node) {
+        const std::int64_t width = attributes.whole("D");
+        node.output = attributes.matrix(attributes.whole("K"), width, "output_bits");
+        make_mlp(attributes, node, width, width);
+        node.epsilon = attributes.real("epsilon");
+    }
+    static Error* compute(const Node& node, KernelContext* context, Threads& threads, Status* status) {
+        Inputs in(node, context);
+        Shape shape, attended;
+        const std::int64_t width = node.output.columns;
+        const float* h = in.rows(width, &shape);
+        const float* a = in.rows(node.output.rows, &attended, &shape);
+        const Matrix output_matrix = in.matrix(node.output);
+        const Norm norm = in.norm(width);
+        const Mlp weights = mlp_of(node, in);
+        float* y = nullptr;
+        if (Error* error = in.error()) return error;
+        if (Error* error = output_rows(node, context, 0, shape, width, &y)) return error;
+        *status = rest_of_layer(output_matrix, norm, weights, count_of(shape), h, a, y, threads.pool());
+        return nullptr;
+    }
+};
+
+template <typename Op>
+Error* create(const CustomOp*, const Api* api, const KernelInfo* info, void** kernel) {
+    auto* made = new (std::nothrow) Node;
+    if (made == nullptr) return fail(api, kFail, "out of memory");
+    made->api = api;
+    made->threads = machine_threads();
+    Attributes attributes(api, info);
+    Op::make(attributes, *made);
+    if (Error* error = attributes.error()) {
+        delete made;
+        return error;
+    }
+    *kernel = made;
+    return nullptr;
+}
+
+template <typename Op>
+Error* compute(void* self, KernelContext* context) {
+    Node& node = *static_cast<Node*>(self);
+    Threads threads{node.api, context, node.threads};
+    Status status = Status::kOk;
+    if (Error* error = Op::compute(node, context, threads, &status)) return error;
+    node.checked = true;
+    return finish(node.api, threads.failed(), status);
+}
+
+template <typename Op>
+CustomOp described_by() {
+    CustomOp made = described();
+    made.name = [](const CustomOp*) { return Op::kName; };
+    made.input_type = [](const CustomOp*, std::size_t index) { return Op::kInputs[index]; };
+    made.input_count = [](const CustomOp*) { return std::size(Op::kInputs); };
+    made.output_count = [](const CustomOp*) { return Op::kOutputs; };
+    made.destroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
+    made.create_kernel_v2 = create<Op>;
+    made.compute_v2 = compute<Op>;
+    return made;
+}
+
+}  // namespace
+
+CustomOp linear_op() { return described_by<LinearOp>(); }
+CustomOp linears_op() { return described_by<LinearsOp>(); }
+CustomOp mlp_op() { return described_by<MlpOp>(); }
+CustomOp rest_of_layer_op() { return described_by<RestOfLayerOp>(); }
+
+}  // namespace reroute::ort
