@@ -4,7 +4,7 @@
 |---|---|
 | gated MLP | down(silu(gate(x)) * up(x)) |
 | rest of a layer | r + mlp(norm(r)) with r = h + output(a): all that follows attention |
-| linears | q(norm(h)), k(norm(h)), v(norm(h)) |
+| linears | q(norm(h)), k(norm(h)), v(norm(h)); in a layer that scores, without k |
 
 A value between them that something else reads keeps them apart.
 """
@@ -67,7 +67,7 @@ class RestOfLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Linears:
-    """A norm and the three MatMul nodes that alone read it."""
+    """A norm and the two or three MatMul nodes that alone read it."""
 
     norm: Norm
     products: tuple[onnx.NodeProto, ...]
@@ -103,13 +103,14 @@ class Fusions:
         self.at: dict[str, Found] = {}
         self.gone: set[str] = set()
         for node in graph.node:
-            if node.op_type == NORM and (linears := self._linears(node)):
-                self.at[node.output[0]] = linears
-                self.gone.update(name for product in linears.products for name in product.output)
-            elif bits_of(node) and (mlp := self._mlp(node)):
+            if bits_of(node) and (mlp := self._mlp(node)):
                 layer = self._layer(mlp)
                 self.at[layer[0] if layer else node.output[0]] = layer[1] if layer else mlp
                 self.gone.update(layer[1].inner if layer else mlp.inner)
+        for node in graph.node:
+            if node.op_type == NORM and (linears := self._linears(node)):
+                self.at[node.output[0]] = linears
+                self.gone.update(name for product in linears.products for name in product.output)
 
     def _mlp(self, down: onnx.NodeProto) -> GatedMlp | None:
         for silu, up in self._factors(down.input[0]):
@@ -145,7 +146,9 @@ class Fusions:
 
     def _linears(self, norm: onnx.NodeProto) -> Linears | None:
         readers = self._readers[norm.output[0]]
-        if len(readers) != 3 or not all(self._bits_of(reader) for reader in readers):
+        if len(readers) not in (2, 3) or not all(self._bits_of(reader) for reader in readers):
+            return None
+        if any(name in self.gone for reader in readers for name in reader.output):  # gate and up of an MLP
             return None
         return Linears(norm=Norm.of(norm), products=tuple(readers))
 

@@ -152,7 +152,7 @@ class _Rewrite:
             inputs += map(self.kernel_weight, mlp.products)
             self.kernel("RestOfLayer", inputs, node.output, sizes, epsilon=norm.epsilon)
         elif isinstance(found, Linears):
-            sizes = {"K": self.shapes[found.products[0].input[1]][0]}
+            sizes = {"count": len(found.products), "K": self.shapes[found.products[0].input[1]][0]}
             for i, product in enumerate(found.products):
                 sizes |= {f"N{i}": self.shapes[product.input[1]][1], f"bits{i}": self.bits_of(product)}
             inputs = [found.norm.x, found.norm.weight, *map(self.kernel_weight, found.products)]

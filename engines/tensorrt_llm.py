@@ -166,12 +166,15 @@ class Weights:
     """The initializers of a neutral decoder graph, read one at a time.
 
     Equal tensors were merged when the graph was made, usually norms of ones, so norms are found by their nodes, which
-    stand in the order of the layers: input and post norm of each, then the last.
+    stand in the order of the layers: input and post norm of each, then the last. A layer that scores has its input norm
+    twice: of all rows, and of those of them that run.
     """
 
     def __init__(self, path: Path, layers: int) -> None:
         model, self._weights = load_graph(path)
-        self._norms = [node.input[1] for node in model.graph.node if node.op_type == "RerouteRMSNorm"]
+        gathered = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "RerouteGather"}
+        norms = (node.input for node in model.graph.node if node.op_type == "RerouteRMSNorm")
+        self._norms = [weight for _, weight in dict.fromkeys((gathered.get(x, x), weight) for x, weight in norms)]
         if len(self._norms) != 2 * layers + 1:
             raise RerouteError(f"{len(self._norms)} norms in a decoder of {layers} layers", hint="export again")
 

@@ -106,6 +106,12 @@ def indices(h: Tensor) -> Tensor:
     return torch.arange(h.shape[1], device=h.device).expand(h.shape[0], -1)
 
 
+def inverse(slots: Tensor) -> Tensor:
+    """Where each of 0, 1, 2, ... stands in a permutation of them: int64 [B, S]."""
+    places = torch.arange(slots.shape[1], device=slots.device).expand(slots.shape[0], -1)
+    return torch.zeros_like(slots).scatter(1, slots, places)
+
+
 class Linear(nn.Module):
     """x @ weight + bias with the weight stored [in, out]: what ONNX MatMul reads, so nothing is transposed later."""
 
@@ -249,7 +255,9 @@ class RoutedDecoder(nn.Module):
         batch = input_ids.shape[0]
         text, visual = text_slots.expand(batch, -1), visual_slots.expand(batch, -1)
         tokens = torch.cat([self.embed(input_ids), visual_embeds], dim=1)
-        rows = Rows(ops.scatter(tokens, torch.cat([text, visual], dim=1), tokens), text, visual, schedule.action)
+        # Not a scatter: the plugin's wants slots that ascend, and text stands on both sides of an image.
+        order = inverse(torch.cat([text, visual], dim=1))
+        rows = Rows(ops.gather(tokens, order), text, visual, schedule.action)
         features: list[Tensor] = []
         if deepstack is not None:
             none = torch.zeros_like(rows.h)
@@ -294,7 +302,7 @@ class RoutedDecoder(nn.Module):
                         ballot = None
                     if ran is not None:
                         rows.take(ran)
-                        x = ops.gather(x, ran)
+                        x = layer.input_norm(rows.h)  # of few rows: quicker than to gather what is there
                         key = layer.rotate(ops.gather(raw, ran), *rope(number)) if renumbered else ops.gather(key, ran)
                     if own:
                         routes.append(rows.slots)

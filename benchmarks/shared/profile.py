@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 ROUTING = ("select", "gather", "scatter")
 FIXED = ("output matrix", "embedding", "shapes")  # what does not belong to a layer
+BEHIND = ("MLP", "output projection", "rest of layers", "elementwise")  # what stands behind attention in a layer
 # Group -> what is in it, for the table.
 GROUPS = {
     "MLP": "gate, up and down projections",
-    "attention projections": "q, k, v and output projections, but the next line; with kernels the norm before q, k, v",
+    "attention projections": "q, k and v projections, but the next line; with kernels the norm before them",
+    "output projection": "attention's",
     "scoring projection": "keys of all rows at a decision layer: the layer needs a part of them anyway",
     "rest of layers": "with kernels one node: attention's output projection, norm, MLP, residual sums",
     "attention": "attention over the cache",
@@ -81,9 +83,9 @@ def groups_of(nodes: Iterable[Node], scoring_layers: Sequence[int]) -> dict[str,
     merge: str | None = None
     for name, op_type, inputs in nodes:
         body = re.match(r"(Reroute\w+)\.\w+?__(\d+)$", name)
-        if body and body[1] == "RerouteScatter" and merge is None:
-            merge = body[2]  # the first scatter puts text and visual rows in order, in a dense graph too
-        if body and body[1] == "RerouteScatter" and body[2] == merge:
+        if body and body[1] == "RerouteGather" and merge is None:
+            merge = body[2]  # the first gather puts text and visual rows in order, in a dense graph too
+        if body and body[1] == "RerouteGather" and body[2] == merge:
             found[name] = "embedding"
         elif body and body[1] in _OPS:
             found[name] = _OPS[body[1]]
@@ -102,6 +104,8 @@ def _group_by_weight(inputs: Sequence[str], scoring_layers: Sequence[int]) -> st
             layer, kind = int(match[1]), match[2]
             if kind in _MLP:
                 return "MLP"
+            if kind == "o":
+                return "output projection"
             return "scoring projection" if kind == "k" and layer in scoring_layers else "attention projections"
         if re.match(r"lm_head\b", word):
             return "output matrix"

@@ -44,7 +44,7 @@ _ORT = Dialect(bodies=ort.BODIES, opsets={"com.microsoft": 1}, opset=23, attenti
 DIALECTS: dict[str, Dialect] = {
     "standard": Dialect(),
     "ort": _ORT,
-    "ort-kernels": replace(_ORT, opsets=_ORT.opsets | {ort.KERNELS: 1}, attention="kernels"),
+    "ort-kernels": replace(_ORT, bodies=ort.KERNEL_BODIES, opsets=_ORT.opsets | {ort.KERNELS: 1}, attention="kernels"),
     "trt": Dialect(bodies=trt.BODIES, full_attention=True),
     # TensorRT 10.0 to 10.3 document opsets 9 to 20.
     "trt-jp6": Dialect(bodies=trt_jp6.BODIES, opset=20, full_attention=True),

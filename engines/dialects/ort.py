@@ -55,3 +55,28 @@ def register_schemas() -> None:
 
 
 BODIES = {"RerouteRMSNorm": RMS_NORM, "RerouteRotary": ROTARY}
+
+_KERNELS_HEADER = f'<opset_import: ["{KERNELS}": 1], domain: "reroute">'
+
+SELECT = f"""{_KERNELS_HEADER}
+RerouteSelect <keep, num_heads, num_kv_heads, scale>(q_last, keys, candidates, always) => (slots)
+{{
+    slots = {KERNELS}.RerouteSelect
+        <keep: int = @keep, num_heads: int = @num_heads, num_kv_heads: int = @num_kv_heads, scale: float = @scale>
+        (q_last, keys, candidates, always)
+}}"""
+
+GATHER = f"""{_KERNELS_HEADER}
+RerouteGather (x, slots) => (rows)
+{{
+    rows = {KERNELS}.RerouteGather (x, slots)
+}}"""
+
+SCATTER = f"""{_KERNELS_HEADER}
+RerouteScatter (full, slots, rows) => (updated)
+{{
+    updated = {KERNELS}.RerouteScatter (full, slots, rows)
+}}"""
+
+# With the kernels of plugins_cpp.
+KERNEL_BODIES = BODIES | {"RerouteSelect": SELECT, "RerouteGather": GATHER, "RerouteScatter": SCATTER}

@@ -109,11 +109,14 @@ inline CustomOp described() {
     return op;
 }
 
-// The operators, see products.cpp and attention.cpp.
+// The operators, see products.cpp, attention.cpp and routing.cpp.
 CustomOp linear_op();
 CustomOp linears_op();
 CustomOp mlp_op();
 CustomOp rest_of_layer_op();
 CustomOp attention_op();
+CustomOp select_op();
+CustomOp gather_op();
+CustomOp scatter_op();
 
 }  // namespace reroute::ort

@@ -52,9 +52,11 @@ SAME_MEMBER(end_version, GetEndVersion);
 
 static_assert(static_cast<int>(kFloat) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
               static_cast<int>(kUint8) == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 &&
-              static_cast<int>(kInt32) == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 && static_cast<int>(kFail) == ORT_FAIL &&
+              static_cast<int>(kInt32) == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 &&
+              static_cast<int>(kInt64) == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 && static_cast<int>(kFail) == ORT_FAIL &&
               static_cast<int>(kInvalidArgument) == ORT_INVALID_ARGUMENT &&
               static_cast<int>(kRequired) == INPUT_OUTPUT_REQUIRED &&
+              static_cast<int>(kOptional) == INPUT_OUTPUT_OPTIONAL &&
               static_cast<int>(kDefaultMemory) == OrtMemTypeDefault);
 
 }  // namespace

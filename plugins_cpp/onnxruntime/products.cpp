@@ -1,5 +1,5 @@
 //   Linear (x, matrix) -> y                                            K, N, bits
-//   Linears (x, norm, matrix, matrix, matrix) -> y, y, y               K, N0, N1, N2, bits0, bits1, bits2, epsilon
+//   Linears (x, norm, matrix, matrix[, matrix]) -> y, y[, y]           count, K, N0, bits0, ..., epsilon
 //   Mlp (x, gate, up, down) -> y                                       K, F, N, bits
 //   RestOfLayer (h, a, output, norm, gate, up, down) -> y              K, D, F, output_bits, bits, epsilon
 //
@@ -20,6 +20,7 @@ struct Node {
     int threads = 1;
     std::atomic<bool> checked{false};  // that its matrices are of their size: they are the graph's and do not change
     Matrix matrices[3];                // of a linear, several, or a gated MLP, without the values
+    int count = 1;                     // of several
     Matrix output;
     float epsilon = 0;
 };
@@ -117,7 +118,7 @@ Error* output_rows(const Node& node, KernelContext* context, std::size_t index, 
 
 struct LinearOp {
     static constexpr const char* kName = "Linear";
-    static constexpr std::size_t kOutputs = 1;
+    static constexpr std::size_t kOutputs = 1, kRequiredInputs = 2, kRequiredOutputs = 1;
     static constexpr ElementType kInputs[] = {kFloat, kUint8};
 
     static void make(Attributes& attributes, Node& node) {
@@ -138,14 +139,17 @@ struct LinearOp {
 
 struct LinearsOp {
     static constexpr const char* kName = "Linears";
-    static constexpr std::size_t kOutputs = 3;
+    static constexpr std::size_t kOutputs = 3, kRequiredInputs = 4, kRequiredOutputs = 2;
     static constexpr ElementType kInputs[] = {kFloat, kFloat, kUint8, kUint8, kUint8};
 
     static void make(Attributes& attributes, Node& node) {
+        static constexpr const char* kColumns[] = {"N0", "N1", "N2"};
+        static constexpr const char* kBits[] = {"bits0", "bits1", "bits2"};
         const std::int64_t k = attributes.whole("K");
-        node.matrices[0] = attributes.matrix(k, attributes.whole("N0"), "bits0");
-        node.matrices[1] = attributes.matrix(k, attributes.whole("N1"), "bits1");
-        node.matrices[2] = attributes.matrix(k, attributes.whole("N2"), "bits2");
+        node.count = attributes.whole("count") == 2 ? 2 : 3;
+        for (int i = 0; i < node.count; ++i) {
+            node.matrices[i] = attributes.matrix(k, attributes.whole(kColumns[i]), kBits[i]);
+        }
         node.epsilon = attributes.real("epsilon");
     }
     static Error* compute(const Node& node, KernelContext* context, Threads& threads, Status* status) {
@@ -156,12 +160,13 @@ struct LinearsOp {
         const Norm norm = in.norm(k);
         Matrix weights[3];
         float* ys[3] = {};
-        for (int i = 0; i < 3; ++i) weights[i] = in.matrix(node.matrices[i]);
+        for (int i = 0; i < node.count; ++i) weights[i] = in.matrix(node.matrices[i]);
         if (Error* error = in.error()) return error;
-        for (std::size_t i = 0; i < 3; ++i) {
-            if (Error* error = output_rows(node, context, i, shape, weights[i].columns, &ys[i])) return error;
+        for (int i = 0; i < node.count; ++i) {
+            const auto place = static_cast<std::size_t>(i);
+            if (Error* error = output_rows(node, context, place, shape, weights[i].columns, &ys[i])) return error;
         }
-        *status = linears(norm, weights, ys, 3, count_of(shape), x, threads.pool());
+        *status = linears(norm, weights, ys, node.count, count_of(shape), x, threads.pool());
         return nullptr;
     }
 };
@@ -182,7 +187,7 @@ Mlp mlp_of(const Node& node, Inputs& in) {
 
 struct MlpOp {
     static constexpr const char* kName = "Mlp";
-    static constexpr std::size_t kOutputs = 1;
+    static constexpr std::size_t kOutputs = 1, kRequiredInputs = 4, kRequiredOutputs = 1;
     static constexpr ElementType kInputs[] = {kFloat, kUint8, kUint8, kUint8};
 
     static void make(Attributes& attributes, Node& node) {
@@ -204,7 +209,7 @@ struct MlpOp {
 
 struct RestOfLayerOp {
     static constexpr const char* kName = "RestOfLayer";
-    static constexpr std::size_t kOutputs = 1;
+    static constexpr std::size_t kOutputs = 1, kRequiredInputs = 7, kRequiredOutputs = 1;
     static constexpr ElementType kInputs[] = {kFloat, kFloat, kUint8, kFloat, kUint8, kUint8, kUint8};
 
     static void make(Attributes& attributes, Node& node) {
@@ -263,6 +268,12 @@ CustomOp described_by() {
     made.input_type = [](const CustomOp*, std::size_t index) { return Op::kInputs[index]; };
     made.input_count = [](const CustomOp*) { return std::size(Op::kInputs); };
     made.output_count = [](const CustomOp*) { return Op::kOutputs; };
+    made.input_characteristic = [](const CustomOp*, std::size_t index) {
+        return index < Op::kRequiredInputs ? kRequired : kOptional;
+    };
+    made.output_characteristic = [](const CustomOp*, std::size_t index) {
+        return index < Op::kRequiredOutputs ? kRequired : kOptional;
+    };
     made.destroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
     made.create_kernel_v2 = create<Op>;
     made.compute_v2 = compute<Op>;

@@ -177,6 +177,24 @@ void large_scores_do_not_overflow() {
     }
 }
 
+// A query that sees what is not a number is not a number; the rows before do not see it.
+void what_is_not_a_number_stays_so() {
+    std::mt19937 random(3);
+    const AttentionShape shape{1, 40, 2, 1, 16, 64, 50, 0.25f};
+    for (const bool portable : {true, false}) {
+        cpu_use_portable(portable);
+        check::context = std::string("not a number, ") + cpu_instructions();
+        Step step(shape, random);
+        step.k[20 * 16 + 3] = kNan;
+        Floats out(step.q.size());
+        CHECK(attention(shape, step.q.data(), step.k.data(), step.v.data(), step.keys.data(), step.values.data(),
+                        step.keys.data(), step.values.data(), out.data(), serial_pool()) == Status::kOk);
+        bool right = true;
+        for (std::size_t i = 0; i < out.size(); ++i) right = right && std::isnan(out[i]) == (i >= 20 * 32);
+        CHECK(right);
+    }
+}
+
 void wrong_calls_are_refused() {
     check::context = "wrong calls";
     Floats x(64, 0.0f);
@@ -196,6 +214,7 @@ void wrong_calls_are_refused() {
 int main() {
     attention_is_its_definition();
     large_scores_do_not_overflow();
+    what_is_not_a_number_stays_so();
     wrong_calls_are_refused();
     cpu_use_portable(false);
     std::printf("instructions: %s\n", cpu_instructions());

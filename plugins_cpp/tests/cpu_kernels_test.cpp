@@ -6,6 +6,7 @@
 #include "reroute/rows.h"
 #include "reroute/select.h"
 #include "select_cases.h"
+#include "threads.h"
 
 namespace {
 
@@ -85,19 +86,39 @@ void test_select() {
         const SelectInputs in{q_bytes.data(), k_bytes.data(), slots.candidates.data(), slots.always.data()};
         std::vector<float> scores(slots.candidates.size());
         std::vector<std::int64_t> chosen(size(s.batch * select_length(s)));
-        if (c.fill == inputs::Fill::kOneNaN || c.fill == inputs::Fill::kOneInfinity) {
-            CHECK(reroute::select_cpu(s, in, chosen.data()) == Status::kNotANumber);
+        const auto expected = brute_scores(s, q, k, slots.candidates);
+        const auto check_form = [&](const std::string& form, const auto& score, const auto& select) {
+            check::context = c.name + form;
+            if (c.fill == inputs::Fill::kOneNaN || c.fill == inputs::Fill::kOneInfinity) {
+                CHECK(select() == Status::kNotANumber);
+                return;
+            }
+            CHECK(score() == Status::kOk);
+            double worst = 0;
+            for (std::size_t i = 0; i < scores.size(); ++i) {
+                worst = std::max(worst, std::abs(expected[i] - double{scores[i]}) / (expected[i] + 1e-30));
+            }
+            CHECK(worst < 1e-4);
+            CHECK(select() == Status::kOk);
+            CHECK(chosen == brute_choice(s, scores, slots));
+        };
+        check_form(
+            "", [&] { return reroute::select_scores_cpu(s, in, scores.data()); },
+            [&] { return reroute::select_cpu(s, in, chosen.data()); });
+        if (s.dtype != reroute::DType::kFloat32) {
+            CHECK(reroute::select_scores_cpu_fast(s, in, scores.data(), reroute::serial_pool()) ==
+                  (s.batch * s.candidates == 0 ? Status::kOk : Status::kInvalidShape));
             continue;
         }
-        CHECK(reroute::select_scores_cpu(s, in, scores.data()) == Status::kOk);
-        const auto expected = brute_scores(s, q, k, slots.candidates);
-        double worst = 0;
-        for (std::size_t i = 0; i < scores.size(); ++i) {
-            worst = std::max(worst, std::abs(expected[i] - double{scores[i]}) / (expected[i] + 1e-30));
+        for (const bool portable : {true, false}) {
+            reroute::cpu_use_portable(portable);
+            for (const int count : {1, 3}) {
+                check_form(
+                    std::string(", fast, ") + reroute::cpu_instructions(),
+                    [&] { return reroute::select_scores_cpu_fast(s, in, scores.data(), threads(count)); },
+                    [&] { return reroute::select_cpu_fast(s, in, chosen.data(), threads(count)); });
+            }
         }
-        CHECK(worst < 1e-4);
-        CHECK(reroute::select_cpu(s, in, chosen.data()) == Status::kOk);
-        CHECK(chosen == brute_choice(s, scores, slots));
     }
 }
 
@@ -161,7 +182,7 @@ void test_workspace() {
 
 void test_rows() {
     inputs::Random random(3);
-    for (const std::int64_t row_bytes : {1, 3, 16, 100}) {
+    for (const std::int64_t row_bytes : {1, 3, 16, 100, 200'000}) {
         for (const std::int64_t picked : {0, 1, 5, 9}) {
             check::context = "rows of " + std::to_string(row_bytes) + ", A = " + std::to_string(picked);
             const reroute::RowsShape s{2, 9, picked, row_bytes};
@@ -175,16 +196,31 @@ void test_rows() {
             };
             auto expected = full;
             for (std::int64_t i = 0; i < s.batch * picked; ++i) {
+                bool same = true;
                 for (std::int64_t byte = 0; byte < row_bytes; ++byte) {
                     auto& value = rows[static_cast<std::size_t>(i * row_bytes + byte)];
-                    CHECK(value == full[full_at(i, byte)]);
+                    same = same && value == full[full_at(i, byte)];
                     value = static_cast<unsigned char>(~value);
                     expected[full_at(i, byte)] = value;
                 }
+                CHECK(same);
             }
             std::vector<unsigned char> updated(full.size());
             CHECK(scatter_cpu(s, full.data(), slots.data(), rows.data(), updated.data()) == Status::kOk);
             CHECK(updated == expected);
+            for (const int count : {1, 2, 7}) {
+                const auto pool = threads(count);
+                std::vector<unsigned char> again(rows.size());
+                CHECK(gather_cpu_fast(s, expected.data(), slots.data(), again.data(), pool) == Status::kOk);
+                CHECK(again == rows);
+                std::fill(updated.begin(), updated.end(), static_cast<unsigned char>(7));
+                CHECK(scatter_cpu_fast(s, full.data(), slots.data(), rows.data(), updated.data(), pool) == Status::kOk);
+                CHECK(updated == expected);
+                updated = full;  // in place
+                CHECK(scatter_cpu_fast(s, updated.data(), slots.data(), rows.data(), updated.data(), pool) ==
+                      Status::kOk);
+                CHECK(updated == expected);
+            }
         }
     }
     check::context = "refused rows";
@@ -195,6 +231,10 @@ void test_rows() {
     const reroute::RowsShape s{1, 2, 2, 2};
     CHECK(gather_cpu(s, full, descending, out) == Status::kOk);
     CHECK(scatter_cpu(s, full, descending, full, out) == Status::kSlotsNotAscending);
+    const auto pool = reroute::serial_pool();
+    CHECK(gather_cpu_fast(s, full, descending, out, pool) == Status::kOk);
+    CHECK(scatter_cpu_fast(s, full, descending, full, out, pool) == Status::kSlotsNotAscending);
+    CHECK(gather_cpu_fast(s, full, outside, out, pool) == Status::kSlotOutOfRange);
     CHECK(gather_cpu(s, full, outside, out) == Status::kSlotOutOfRange);
     CHECK(scatter_cpu(s, full, outside, full, out) == Status::kSlotOutOfRange);
     CHECK(gather_cpu(s, nullptr, descending, out) == Status::kNullPointer);

@@ -19,7 +19,7 @@ SELECTED = "RerouteSelect.scores__9"
 def test_groups_follow_bodies_and_weights() -> None:
     nodes = [
         ("node_embedding", "Gather", ["embed", "input_ids"]),
-        ("RerouteScatter.scattered__1", "ScatterND", ["flat__1"]),
+        ("RerouteGather.rows__1", "GatherND", ["concat", "order"]),
         ("RerouteRMSNorm.y__2", "RMSNormalization", ["scatter", "layers.0.input_norm.weight"]),
         ("node_matmul", "MatMul", ["rms_norm", "layers.0.k_proj.weight"]),
         ("node_matmul_1", "MatMul", ["rms_norm", "layers.2.k_proj.weight"]),
@@ -29,6 +29,7 @@ def test_groups_follow_bodies_and_weights() -> None:
             ["rms_norm", "layers.2.gate_proj.weight_q4", "layers.2.gate_proj.weight_scale"],
         ),
         ("node_matmul_3", "MatMul", ["rms_norm", "layers.2.q_proj.weight"]),
+        ("node_matmul_4", "MatMul", ["attention", "layers.2.o_proj.weight"]),
         (SELECTED, "GatherElements", ["by_row__9"]),
         ("RerouteSelectPools.slots__10", "TopK", ["unordered__10"]),
         ("RerouteGather.rows__11", "GatherND", ["add"]),
@@ -43,7 +44,8 @@ def test_groups_follow_bodies_and_weights() -> None:
     ]
     assert list(groups_of(nodes, scoring_layers=[2]).values()) == [
         "embedding", "embedding", "norms", "attention projections", "scoring projection", "MLP",
-        "attention projections", "select", "select", "gather", "scatter", "attention", "elementwise",
+        "attention projections", "output projection", "select", "select", "gather", "scatter", "attention",
+        "elementwise",
         "attention projections", "attention", "rest of layers", "output matrix", "shapes",
     ]  # fmt: skip
 

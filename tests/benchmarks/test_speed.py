@@ -27,12 +27,25 @@ SCHEDULE = Schedule(
 def test_allowed_is_what_the_layers_cost_at_the_rows_of_each_stage() -> None:
     dense = {576: [84.0, 168.0], 100: [20.0, 40.0], 10: [12.0, 24.0]}
     # fixed 4, 8 layers: 10, 2 and 1 ms a layer in the first round.
-    found = costs.against_allowed(SCHEDULE, dense, [40.0, 80.0], 4.0)
+    found = costs.against_allowed(SCHEDULE, dense, [40.0, 80.0], 4.0, 1.0)
     first, second = 4 + 2 * 10 + 4 * 2 + 2 * 1, 4 + 2 * 20.5 + 4 * 4.5 + 2 * 2.5
     assert found["allowed_ms"] == pytest.approx((first + second) / 2)
     expected = np.exp(np.mean(np.log([first / 40, second / 80])))
     assert found["share_of_allowed"]["value"] == pytest.approx(expected)
     assert found["speedup"]["value"] == pytest.approx(2.1)
+
+
+def test_a_last_layer_that_is_a_part_of_one_is_counted_as_that_part() -> None:
+    dense = {576: [79.0], 100: [19.0], 10: [11.5]}  # fixed 4, 7.5 layers: the same 10, 2 and 1 ms
+    found = costs.against_allowed(SCHEDULE, dense, [40.0], 4.0, 0.5)
+    assert found["allowed_ms"] == pytest.approx(4 + 2 * 10 + 4 * 2 + 1.5 * 1)
+
+
+def test_the_part_that_the_last_layer_is_comes_from_the_dense_profile() -> None:
+    # 8 layers with 3 before attention and in it, 7 of which have 9 behind: 3 of 12.
+    groups = {"attention": 16.0, "norms": 4.0, "attention projections": 4.0, "MLP": 53.0, "output projection": 10.0}
+    run = {**groups, "output matrix": 13.0, "total": 100.0}
+    assert costs.last_layer(costs.summary([run]), 8) == pytest.approx(0.25)
 
 
 def test_routing_share_counts_select_gather_and_scatter_only() -> None:

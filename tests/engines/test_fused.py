@@ -39,9 +39,11 @@ def layer() -> list[onnx.NodeProto]:
     ]
 
 
-def found(nodes: list[onnx.NodeProto], outputs: tuple[str, ...] = ("y",), **bits: int) -> Fusions:
+def found(
+    nodes: list[onnx.NodeProto], outputs: tuple[str, ...] = ("y",), bits: dict[str, int] | None = None
+) -> Fusions:
     values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs]
-    return Fusions(helper.make_graph(nodes, "g", [], values), lambda node: (BITS | bits).get(node.name, 0))
+    return Fusions(helper.make_graph(nodes, "g", [], values), lambda node: (BITS | (bits or {})).get(node.name, 0))
 
 
 def swapped(name: str) -> Callable[[list[onnx.NodeProto]], None]:
@@ -84,7 +86,15 @@ def test_a_value_of_the_rest_that_something_else_reads_leaves_the_mlp(value: str
 
 @pytest.mark.parametrize("value", ["gate.out", "sigmoid", "silu", "up.out", "hidden"])
 def test_a_value_of_the_mlp_that_something_else_reads_leaves_all_apart(value: str):
-    assert found(layer(), ("y", value)).at.keys() == {"in"}
+    assert found(layer(), ("y", value)).at.keys() == {"in", "x"}
+
+
+def test_a_layer_that_scores_has_a_norm_with_two_products():
+    nodes = [node for node in layer() if node.name != "k"]
+    next(node for node in nodes if node.output[0] == "a").input.remove("k.out")
+    linears = found(nodes).at["in"]
+    assert isinstance(linears, Linears)
+    assert [product.name for product in linears.products] == ["q", "v"]
 
 
 def test_a_norm_that_a_branch_reads_too_keeps_its_products_apart():
@@ -96,15 +106,15 @@ def test_a_norm_that_a_branch_reads_too_keeps_its_products_apart():
 @pytest.mark.parametrize(
     ("bits", "at"),
     [
-        ({"k": 0}, {"y"}),  # a scoring layer's keys are float32
+        ({"k": 0}, {"y"}),
         ({"o": 0}, {"in", "down.out"}),
-        ({"up": 8}, {"in"}),
-        ({"down": 8}, {"in"}),
+        ({"up": 8}, {"in", "x"}),  # of other bits, gate and up are two products of a norm
+        ({"down": 8}, {"in", "x"}),
         ({"gate": 0}, {"in"}),
     ],
 )
 def test_products_of_other_bits_stay_nodes(bits: dict[str, int], at: set[str]):
-    assert found(layer(), **bits).at.keys() == at
+    assert found(layer(), bits=bits).at.keys() == at
 
 
 def test_a_bias_of_the_output_leaves_the_mlp():

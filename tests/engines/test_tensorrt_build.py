@@ -76,7 +76,7 @@ def test_the_built_engine_equals_torch(
     assert rows["stage 2", "slots"]["measured"] == "28 of 28 equal"
     assert manifest.dtype == dtype
     assert manifest.engine is not None
-    assert manifest.engine.plugin_layers == (10 if form == "plugin" else 0)
+    assert manifest.engine.plugin_layers == (8 if form == "plugin" else 0)
     assert bool(manifest.engine.plugin_file) == (form == "plugin")
     names = {path.name for path in (tmp_path / "bundle").iterdir()}
     assert names >= {"decoder.engine", "vision.engine", "tokenizer.json", "reference.npz", "reroute.json"}
@@ -113,7 +113,7 @@ def test_a_lowered_folder_is_complete(lowered: Path, tiny_export: Path) -> None:
     assert (manifest.kind, manifest.backend, manifest.dtype) == ("lowered", "tensorrt", "float16")
     manifest.verify_files(lowered)
     assert manifest.lowering is not None
-    assert manifest.lowering.plugin_nodes == {"RerouteGather": 6, "RerouteScatter": 2, "RerouteSelect": 2}
+    assert manifest.lowering.plugin_nodes == {"RerouteGather": 5, "RerouteScatter": 1, "RerouteSelect": 2}
     assert manifest.lowering.tensorrt_min == "10.3"
     assert (lowered / "build_engine.py").read_bytes() == (REPOSITORY / "engines" / "build_engine.py").read_bytes()
     weights = [(folder / "decoder.onnx.data").stat().st_size for folder in (lowered, tiny_export)]
@@ -314,7 +314,7 @@ def test_plugins_are_loaded_and_counted(lowered: Path, tmp_path: Path, tensorrt:
         build_script(lowered, tmp_path / "out", plugin=plugin)
     plugin.write_bytes(b"plugin")
     tensorrt.drop_plugins = True
-    with pytest.raises(build_engine.BuildError, match="0 plugin layers, expected are 10"):
+    with pytest.raises(build_engine.BuildError, match="0 plugin layers, expected are 8"):
         build_script(lowered, tmp_path / "out", plugin=plugin)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))

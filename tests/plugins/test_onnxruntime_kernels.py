@@ -11,21 +11,24 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from reroute.cli import main
 from reroute.engines import KERNELS_FILE, build
 from reroute.engines.dialects.ort import KERNELS
+from reroute.engines.lower import lower, plugin_nodes
 from reroute.engines.packing import blocked4, blocked8, blocks, columns8
 from reroute.errors import EXIT_USAGE, UserError
 from reroute.evaluation.fidelity import Fidelity, fidelity
 from reroute.evaluation.scenes import SceneSet
-from reroute.export import export_checkpoint
+from reroute.export import export_checkpoint, ops
 from reroute.manifest import Manifest
 from reroute.runtime import Session
 from reroute.runtime.backend import BackendOptions, open_backend
 from reroute.runtime.bundle import Bundle
 from tests.conftest import TinyLlava, make_llava
+from tests.engines.test_engines import ROUTINGS, STEPS, drive_torch, equal_torch
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +150,7 @@ def test_a_linear_is_what_it_is_defined_to_be(
 def test_linears_share_a_norm(library: Path, rows: int, bits: int):
     norm = random_rows(6, 64)
     weights = [random_weight(64, columns, columns) for columns in (96, 32, 17)]
-    attributes = {"K": 64, "epsilon": 0.5}
+    attributes = {"count": 3, "K": 64, "epsilon": 0.5}
     for i, weight in enumerate(weights):
         attributes |= {f"N{i}": weight.shape[1], f"bits{i}": bits}
     inputs = {"x": 64, "norm": norm} | {f"w{i}": weight for i, weight in enumerate(weights)}
@@ -193,6 +196,63 @@ def test_what_does_not_fit_is_an_error_and_no_access_out_of_bounds(library: Path
             session.run(None, {"x": np.zeros((1, 2, 63 if inner == 64 else inner), np.float32)})
 
 
+@pytest.mark.parametrize("dialect", ["trt", "trt-jp6"])
+@pytest.mark.parametrize("routing", ["reroute", "removal", "renumbered", "growing"])
+def test_a_decoder_in_plugin_form_keeps_the_contract_of_the_plugins(
+    library: Path, tiny_checkpoint: Path, routing: str, dialect: str, tmp_path: Path
+):
+    """What TensorRT gets, with its plugin nodes as operators that refuse what the plugins leave undefined."""
+    export_checkpoint(tiny_checkpoint, tmp_path / "export", routing=ROUTINGS[routing])
+    model = lower(onnx.load(tmp_path / "export" / "decoder.onnx", load_external_data=False), dialect, form="plugin")
+    assert {"RerouteSelect", "RerouteGather"} <= plugin_nodes(model).keys()
+    onnx.save(model, tmp_path / "export" / "plugin.onnx")
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    session = ort.InferenceSession(tmp_path / "export" / "plugin.onnx", options, providers=["CPUExecutionProvider"])
+    steps = list(equal_torch(session, drive_torch(tmp_path / "export", tiny_checkpoint), unused=0))
+    assert len(steps) == len(STEPS)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 99])
+def test_select_gather_and_scatter_are_the_ops_of_the_neutral_graph(library: Path, keep: int):
+    random, (batch, rows, width) = np.random.default_rng(keep), (2, 27, 40)
+    slots = np.stack([random.permutation(rows) for _ in range(batch)])
+    candidates, always = np.sort(slots[:, :20], axis=1), np.sort(slots[:, 20:], axis=1)
+    tensors = {"q": random_rows(1, batch, 48), "keys": random_rows(2, batch, rows, 24)}
+    tensors |= {"candidates": candidates, "always": always, "full": random_rows(3, batch, rows, width)}
+    kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
+    heads = {"keep": keep, "num_heads": 6, "num_kv_heads": 3, "scale": 0.5}
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                "RerouteSelect", ["q", "keys", "candidates", "always"], ["slots"], domain=KERNELS, **heads
+            ),
+            helper.make_node("RerouteGather", ["full", "slots"], ["rows"], domain=KERNELS),
+            helper.make_node("Neg", ["rows"], ["negated"]),
+            helper.make_node("RerouteScatter", ["full", "slots", "negated"], ["updated"], domain=KERNELS),
+        ],
+        "g",
+        [helper.make_tensor_value_info(name, kinds[one.dtype], one.shape) for name, one in tensors.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("rows", "updated")]
+        + [helper.make_tensor_value_info("slots", TensorProto.INT64, None)],
+    )
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(KERNELS, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found = dict(zip(("rows", "updated", "slots"), map(np.asarray, session.run(None, tensors)), strict=True))
+    torch_tensors = {name: torch.from_numpy(one) for name, one in tensors.items()}
+    want = ops.select(*(torch_tensors[name] for name in ("q", "keys", "candidates", "always")), keep, 6, 3, 0.5)
+    gathered = ops.gather(torch_tensors["full"], want)
+    assert np.array_equal(found["slots"], want.numpy())
+    assert np.array_equal(found["rows"], gathered.numpy())
+    assert np.array_equal(found["updated"], ops.scatter(torch_tensors["full"], want, -gathered).numpy())
+    if keep < 20:  # otherwise nothing is scored
+        with pytest.raises(Exception, match="NaN"):
+            session.run(None, tensors | {"q": np.full_like(tensors["q"], np.nan)})
+
+
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def bundles(
     request: pytest.FixtureRequest, fast_library: Path, demo_export: Path, tmp_path_factory: pytest.TempPathFactory
@@ -211,14 +271,15 @@ def test_all_matrices_but_those_that_score_are_the_kernels(bundles: tuple[Path, 
     graph = onnx.load(bundles[1] / "decoder.onnx", load_external_data=False).graph
     layers, scoring = manifest.model.text.num_layers, len(manifest.schedule.scoring_layers)
     kinds = Counter(node.op_type for node in graph.node)
-    # In front of attention a norm and three products, but where a scoring layer's keys are float32; behind it the rest.
-    assert (kinds["Linears"], kinds["Linear"]) == (layers - scoring, 2 * scoring)
+    # In front of attention a norm and its products, without a scoring layer's float32 keys; behind it the rest.
+    products = Counter(len(node.output) for node in graph.node if node.op_type == "Linears")
+    assert (products[3], products[2], kinds["Linear"]) == (layers - scoring, scoring, 0)
     assert (kinds["RestOfLayer"], kinds["Attention"], kinds["Mlp"]) == (layers, layers, 0)
     wide = layers if manifest.profile == "int8" else manifest.schedule.scoring_layers[-2]
     rests = [node for node in graph.node if node.op_type == "RestOfLayer"]
     bits = [next(one.i for one in node.attribute if one.name == "bits") for node in rests]
     assert bits == [8] * wide + [4] * (layers - wide)
-    others = {"MatMulIntegerToFloat", "QuantizeLinear", "Sigmoid", "GroupQueryAttention"}
+    others = {"MatMulIntegerToFloat", "QuantizeLinear", "Sigmoid", "GroupQueryAttention", "ScatterND", "GatherND"}
     assert not others & kinds.keys()
     assert kinds["MatMulNBits"] == 1  # the output matrix
     manifest.verify_files(bundles[1])

@@ -9,6 +9,7 @@
 // rows, never an access out of bounds. No rows, or rows of no bytes, are a no-op.
 #pragma once
 
+#include "reroute/pool.h"
 #include "reroute/status.h"
 #include "reroute/types.h"
 
@@ -30,12 +31,16 @@ constexpr std::int64_t kMaxTotalBytes = std::int64_t{1} << 38;
 Status check(const RowsShape& shape) noexcept;
 
 Status gather_cpu(const RowsShape& shape, const void* full, const std::int64_t* slots, void* picked) noexcept;
+Status gather_cpu_fast(const RowsShape&, const void* full, const std::int64_t* slots, void* picked,
+                       const Pool&) noexcept;
 Status gather_cuda_simple(const RowsShape&, const void* full, const std::int64_t* slots, void* picked, Stream) noexcept;
 Status gather_cuda_fast(const RowsShape&, const void* full, const std::int64_t* slots, void* picked, Stream) noexcept;
 
 // `updated` may be `full` itself: then only the picked rows are written. Any other overlap is not allowed.
 Status scatter_cpu(const RowsShape& shape, const void* full, const std::int64_t* slots, const void* picked,
                    void* updated) noexcept;
+Status scatter_cpu_fast(const RowsShape&, const void* full, const std::int64_t* slots, const void* picked,
+                        void* updated, const Pool&) noexcept;
 Status scatter_cuda_simple(const RowsShape&, const void* full, const std::int64_t* slots, const void* picked,
                            void* updated, Stream) noexcept;
 Status scatter_cuda_fast(const RowsShape&, const void* full, const std::int64_t* slots, const void* picked,

@@ -11,6 +11,7 @@
 // `select_choose_*`, so that the choice can be checked bit for bit on given scores.
 #pragma once
 
+#include "reroute/pool.h"
 #include "reroute/status.h"
 #include "reroute/types.h"
 
@@ -67,6 +68,10 @@ Status select_status(std::uint32_t flags) noexcept;
 Status select_scores_cpu(const SelectShape& shape, const SelectInputs& in, float* scores);
 Status select_choose_cpu(const SelectShape& shape, const float* scores, const SelectInputs& in, std::int64_t* slots);
 Status select_cpu(const SelectShape& shape, const SelectInputs& in, std::int64_t* slots);
+
+// The same of fp32, scored by the kernels of attention; another type is kInvalidShape.
+Status select_scores_cpu_fast(const SelectShape&, const SelectInputs&, float* scores, const Pool&);
+Status select_cpu_fast(const SelectShape&, const SelectInputs&, std::int64_t* slots, const Pool&);
 
 // CUDA: only enqueues kernels on `stream`. No allocation, no synchronisation; may be captured in a graph.
 Status select_scores_cuda_simple(const SelectShape&, const SelectInputs&, float* scores, Workspace, Stream) noexcept;

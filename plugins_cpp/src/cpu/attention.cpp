@@ -73,9 +73,16 @@ Status attention(const AttentionShape& shape, const float* q, const float* k, co
                const std::int64_t first = boundary(s, part, parts), last = boundary(s, part + 1, parts);
                if (first == last) return;
                const std::int64_t at = index / s.groups * s.rows * s.heads * s.size + index % s.groups * heads * s.size;
-               const Group group{q + at, out + at, keys + index * cache, values + index * cache,
-                                 heads,  s.size,   s.heads * s.size,     s.valid - s.rows,
-                                 s.scale};
+               Group group{};
+               group.q = q + at;
+               group.out = out + at;
+               group.keys = keys + index * cache;
+               group.values = values + index * cache;
+               group.heads = heads;
+               group.size = group.key_pitch = s.size;
+               group.pitch = s.heads * s.size;
+               group.before = s.valid - s.rows;
+               group.scale = s.scale;
                thread_local cpu::Scratch mine;
                form.attend(group, first, last, mine.take<float>(form.scratch(group.seen(last - 1), s.size)));
            });

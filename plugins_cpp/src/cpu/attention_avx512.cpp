@@ -92,8 +92,9 @@ REROUTE_AVX512 inline void transpose(__m512 (&x)[16]) {
     for (int i = 0; i < 16; ++i) x[i] = y[i];
 }
 
-// Keys [count, size] as blocks [size, kKeys], the last one filled up with zeros.
-REROUTE_AVX512 void pack(const float* keys, std::int64_t count, std::int64_t size, float* packed) {
+// The first `count` keys as blocks [size, kKeys], the last one filled up with zeros.
+REROUTE_AVX512 void pack(const Group& group, std::int64_t count, float* packed) {
+    const std::int64_t size = group.size;
     for (std::int64_t j = 0; j < (count + kKeys - 1) / kKeys * kKeys; j += 16) {
         float* block = packed + j / kKeys * size * kKeys + j % kKeys;
         for (std::int64_t c = 0; c < size; c += 16) {
@@ -102,7 +103,8 @@ REROUTE_AVX512 void pack(const float* keys, std::int64_t count, std::int64_t siz
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i) {
                 const bool there = j + i < count;
-                x[i] = _mm512_maskz_loadu_ps(there ? mask : __mmask16(0), keys + (there ? (j + i) * size + c : 0));
+                x[i] = _mm512_maskz_loadu_ps(there ? mask : __mmask16(0),
+                                             group.keys + (there ? (j + i) * group.key_pitch + c : 0));
             }
             transpose(x);
             const int columns = static_cast<int>(std::min<std::int64_t>(16, size - c));
@@ -139,57 +141,78 @@ struct Span {
     std::int64_t seen;  // rows that the last of them sees
 };
 
-REROUTE_AVX512 void attend(const Group& group, std::int64_t first, std::int64_t last, float* scratch) {
-    const std::int64_t size = group.size, blocks = (group.seen(last - 1) + kKeys - 1) / kKeys, wide = blocks * kKeys;
-    float* const scores = scratch + size * wide;  // [kPanel, wide]
-    pack(group.keys, group.seen(last - 1), size, scratch);
-    for (std::int64_t panel = first; panel < last; panel += kPanel) {
-        const std::int64_t queries = std::min(kPanel, last - panel), count = (queries + kRows - 1) / kRows;
-        Span spans[kPanel / kRows];
+// Queries that go over the keys together, in spans of equal size.
+struct Panel {
+    std::int64_t first, queries, count;
+    Span spans[kPanel / kRows];
+
+    Panel(const Group& group, std::int64_t begin, std::int64_t last)
+        : first(begin), queries(std::min(kPanel, last - begin)), count((queries + kRows - 1) / kRows) {
         for (std::int64_t s = 0; s < count; ++s) {
             const std::int64_t from = queries * s / count, to = queries * (s + 1) / count;
-            spans[s] = {from, static_cast<int>(to - from), group.seen(panel + to - 1)};
+            spans[s] = {from, static_cast<int>(to - from), group.seen(first + to - 1)};
         }
+    }
+};
+
+// exp(x - max) of the scores of a panel with packed keys, [queries, wide], zeros behind what a query sees as far as its
+// span does; and the sum of each.
+REROUTE_AVX512 void odds(const Group& group, const Panel& panel, const float* packed, std::int64_t wide, float* scores,
+                         float* totals) {
+    const float* a[kRows];
+    float* c[kRows];
+    for (std::int64_t block = 0; block < wide; block += kKeys) {
+        for (std::int64_t s = 0; s < panel.count; ++s) {
+            const Span& span = panel.spans[s];
+            const std::int64_t vectors = (std::min(span.seen - block, kKeys) + 15) / 16;
+            if (vectors <= 0) continue;
+            for (int i = 0; i < span.count; ++i) {
+                a[i] = group.q + group.place(panel.first + span.from + i);
+                c[i] = scores + (span.from + i) * wide + block;
+            }
+            const float* keys = packed + block * group.size;
+            kTiles[span.count - 1][vectors - 1](a, group.size, keys, kKeys, __mmask16(0xffff), c, false);
+        }
+    }
+    for (std::int64_t s = 0; s < panel.count; ++s) {
+        const Span& span = panel.spans[s];
+        for (std::int64_t i = span.from; i < span.from + span.count; ++i) {
+            totals[i] = soften(scores + i * wide, group.seen(panel.first + i), span.seen, group.scale);
+        }
+    }
+}
+
+std::int64_t width(std::int64_t seen) { return (seen + kKeys - 1) / kKeys * kKeys; }
+
+REROUTE_AVX512 void attend(const Group& group, std::int64_t first, std::int64_t last, float* scratch) {
+    const std::int64_t size = group.size, wide = width(group.seen(last - 1));
+    float* const scores = scratch + size * wide;  // [kPanel, wide]
+    pack(group, group.seen(last - 1), scratch);
+    for (std::int64_t begin = first; begin < last; begin += kPanel) {
+        const Panel panel(group, begin, last);
+        float totals[kPanel];
+        odds(group, panel, scratch, wide, scores, totals);
         const float* a[kRows];
         float* c[kRows];
-        for (std::int64_t b = 0; b < blocks; ++b) {
-            for (std::int64_t s = 0; s < count; ++s) {
-                const Span& span = spans[s];
-                const std::int64_t vectors = (std::min(span.seen - b * kKeys, kKeys) + 15) / 16;
-                if (vectors <= 0) continue;
-                for (int i = 0; i < span.count; ++i) {
-                    a[i] = group.q + group.place(panel + span.from + i);
-                    c[i] = scores + (span.from + i) * wide + b * kKeys;
-                }
-                const float* keys = scratch + b * size * kKeys;
-                kTiles[span.count - 1][vectors - 1](a, size, keys, kKeys, __mmask16(0xffff), c, false);
-            }
-        }
-        float totals[kPanel];
-        for (std::int64_t s = 0; s < count; ++s) {
-            for (std::int64_t i = spans[s].from; i < spans[s].from + spans[s].count; ++i) {
-                totals[i] = soften(scores + i * wide, group.seen(panel + i), spans[s].seen, group.scale);
-            }
-        }
         for (std::int64_t column = 0; column < size; column += kKeys) {
             const std::int64_t vectors = (std::min(size - column, kKeys) + 15) / 16;
             const __mmask16 mask = lanes(size - column, vectors - 1);
-            for (std::int64_t b = 0; b < blocks; ++b) {
-                for (std::int64_t s = 0; s < count; ++s) {
-                    const Span& span = spans[s];
-                    const std::int64_t keys = std::min(span.seen - b * kKeys, kKeys);
+            for (std::int64_t block = 0; block < wide; block += kKeys) {
+                for (std::int64_t s = 0; s < panel.count; ++s) {
+                    const Span& span = panel.spans[s];
+                    const std::int64_t keys = std::min(span.seen - block, kKeys);
                     if (keys <= 0) continue;
                     for (int i = 0; i < span.count; ++i) {
-                        a[i] = scores + (span.from + i) * wide + b * kKeys;
-                        c[i] = group.out + group.place(panel + span.from + i) + column;
+                        a[i] = scores + (span.from + i) * wide + block;
+                        c[i] = group.out + group.place(begin + span.from + i) + column;
                     }
-                    const float* values = group.values + b * kKeys * size + column;
-                    kTiles[span.count - 1][vectors - 1](a, keys, values, size, mask, c, b > 0);
+                    const float* values = group.values + block * size + column;
+                    kTiles[span.count - 1][vectors - 1](a, keys, values, size, mask, c, block > 0);
                 }
             }
         }
-        for (std::int64_t i = 0; i < queries; ++i) {
-            float* out = group.out + group.place(panel + i);
+        for (std::int64_t i = 0; i < panel.queries; ++i) {
+            float* out = group.out + group.place(begin + i);
             const __m512 share = _mm512_set1_ps(1.0f / totals[i]);
             for (std::int64_t column = 0; column < size; column += 16) {
                 const __mmask16 mask = lanes(size - column);
@@ -200,13 +223,31 @@ REROUTE_AVX512 void attend(const Group& group, std::int64_t first, std::int64_t 
     }
 }
 
-std::int64_t scratch(std::int64_t seen, std::int64_t size) {
-    return (seen + kKeys - 1) / kKeys * kKeys * (size + kPanel);
+REROUTE_AVX512 void rank(const Group& group, float* sums, float* scratch) {
+    const std::int64_t seen = group.seen(0), wide = width(seen);
+    float* const scores = scratch + group.size * wide;
+    pack(group, seen, scratch);
+    for (std::int64_t begin = 0; begin < group.heads; begin += kPanel) {
+        const Panel panel(group, begin, group.heads);
+        float totals[kPanel];
+        odds(group, panel, scratch, wide, scores, totals);
+        for (std::int64_t i = 0; i < panel.queries; ++i) {
+            const __m512 share = _mm512_set1_ps(1.0f / totals[i]);
+            for (std::int64_t j = 0; j < seen; j += 16) {
+                const __mmask16 mask = lanes(seen - j);
+                const __m512 part = _mm512_maskz_loadu_ps(mask, scores + i * wide + j);
+                const __m512 sum = _mm512_maskz_loadu_ps(mask, sums + j);
+                _mm512_mask_storeu_ps(sums + j, mask, _mm512_fmadd_ps(part, share, sum));
+            }
+        }
+    }
 }
+
+std::int64_t scratch(std::int64_t seen, std::int64_t size) { return width(seen) * (size + kPanel); }
 
 }  // namespace
 
-const Form kFast{scratch, attend};
+const Form kFast{scratch, attend, rank};
 
 }  // namespace reroute::attention_forms
 #else

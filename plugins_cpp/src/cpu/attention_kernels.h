@@ -9,9 +9,9 @@ namespace reroute::attention_forms {
 struct Group {
     const float* q;       // of the first head; heads one after the other, rows at `pitch` floats
     float* out;           // likewise
-    const float* keys;    // [before + rows, size]
-    const float* values;  // likewise
-    std::int64_t heads, size, pitch, before;
+    const float* keys;    // [before + rows, size], rows at `key_pitch` floats
+    const float* values;  // [before + rows, size]
+    std::int64_t heads, size, pitch, key_pitch, before;
     float scale;
 
     // Rows of keys that query i sees, which are the first ones.
@@ -25,6 +25,8 @@ struct Form {
     std::int64_t (*scratch)(std::int64_t seen, std::int64_t size);
     // Queries first..last - 1.
     void (*attend)(const Group& group, std::int64_t first, std::int64_t last, float* scratch);
+    // Adds to `sums`, of each row that it sees, the probabilities that the heads of the first row give to it.
+    void (*rank)(const Group& group, float* sums, float* scratch);
 };
 
 extern const Form kPortable;

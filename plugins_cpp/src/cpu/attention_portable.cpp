@@ -7,25 +7,39 @@
 namespace reroute::attention_forms {
 namespace {
 
+// exp(x - max) of the scores of query i, and their sum.
+float odds(const Group& group, std::int64_t i, float* scores) {
+    const std::int64_t seen = group.seen(i);
+    const float* q = group.q + group.place(i);
+    float most = -INFINITY, total = 0;
+    for (std::int64_t j = 0; j < seen; ++j) {
+        float product = 0;
+        for (std::int64_t c = 0; c < group.size; ++c) {
+            product = std::fma(q[c], group.keys[j * group.key_pitch + c], product);
+        }
+        most = std::max(most, scores[j] = product * group.scale);
+    }
+    for (std::int64_t j = 0; j < seen; ++j) total += scores[j] = std::exp(scores[j] - most);
+    return total;
+}
+
 void attend(const Group& group, std::int64_t first, std::int64_t last, float* scratch) {
     const std::int64_t d = group.size;
     for (std::int64_t i = first; i < last; ++i) {
-        const std::int64_t seen = group.seen(i);
-        const float* q = group.q + group.place(i);
+        const float total = odds(group, i, scratch);
         float* out = group.out + group.place(i);
-        float most = -INFINITY, total = 0;
-        for (std::int64_t j = 0; j < seen; ++j) {
-            float product = 0;
-            for (std::int64_t c = 0; c < d; ++c) product = std::fma(q[c], group.keys[j * d + c], product);
-            most = std::max(most, scratch[j] = product * group.scale);
-        }
         std::fill(out, out + d, 0.0f);
-        for (std::int64_t j = 0; j < seen; ++j) {
-            const float odds = std::exp(scratch[j] - most);
-            total += odds;
-            for (std::int64_t c = 0; c < d; ++c) out[c] = std::fma(odds, group.values[j * d + c], out[c]);
+        for (std::int64_t j = 0; j < group.seen(i); ++j) {
+            for (std::int64_t c = 0; c < d; ++c) out[c] = std::fma(scratch[j], group.values[j * d + c], out[c]);
         }
         for (std::int64_t c = 0; c < d; ++c) out[c] /= total;
+    }
+}
+
+void rank(const Group& group, float* sums, float* scratch) {
+    for (std::int64_t i = 0; i < group.heads; ++i) {
+        const float total = odds(group, i, scratch);
+        for (std::int64_t j = 0; j < group.seen(i); ++j) sums[j] += scratch[j] / total;
     }
 }
 
@@ -33,6 +47,6 @@ std::int64_t scratch(std::int64_t seen, std::int64_t) { return seen; }
 
 }  // namespace
 
-const Form kPortable{scratch, attend};
+const Form kPortable{scratch, attend, rank};
 
 }  // namespace reroute::attention_forms

@@ -20,9 +20,10 @@ inline __mmask16 lanes(std::int64_t count, std::int64_t block = 0) {
     return left >= 16 ? __mmask16(0xffff) : left <= 0 ? __mmask16(0) : __mmask16((1u << left) - 1);
 }
 
-// e^x: 2^n * p(r) with |r| <= ln 2 / 2; Taylor's polynomial of degree 7 is right to a rounding there.
+// e^x: 2^n * p(r) with |r| <= ln 2 / 2; Taylor's polynomial of degree 7 is right to a rounding there. What is not a number
+// stays so: min and max return their second operand.
 REROUTE_AVX512 inline __m512 exponential(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
+    x = _mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

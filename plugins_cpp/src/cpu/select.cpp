@@ -1,4 +1,5 @@
-// RerouteSelect, CPU reference: the definition in reroute/select.h, written down in its order.
+// RerouteSelect on the CPU: the reference, the definition in reroute/select.h written down in its order, and the same with
+// scores by the kernels of attention, groups of heads divided among threads.
 #include "reroute/select.h"
 
 #include <algorithm>
@@ -7,7 +8,9 @@
 #include <vector>
 
 #include "../calls.h"
+#include "attention_kernels.h"
 #include "reroute/half.h"
+#include "tasks.h"
 
 namespace reroute {
 namespace {
@@ -92,6 +95,20 @@ Status choose_row(const SelectShape& s, const float* scores, const std::int64_t*
     return Status::kOk;
 }
 
+// The choice of all batch rows by the scores that `score` makes, if any are needed.
+template <typename Score>
+Status select_by(const SelectShape& s, const SelectInputs& in, std::int64_t* slots, const Score& score) {
+    Status status = check(s);
+    if (status != Status::kOk) return status;
+    std::vector<float> scores;
+    if (select_scores_matter(s)) {
+        scores.resize(static_cast<std::size_t>(s.batch * s.candidates));
+        status = score(scores.data());
+        if (status != Status::kOk) return status;
+    }
+    return select_choose_cpu(s, scores.empty() ? nullptr : scores.data(), in, slots);
+}
+
 }  // namespace
 
 Status select_scores_cpu(const SelectShape& s, const SelectInputs& in, float* scores) {
@@ -122,15 +139,42 @@ Status select_choose_cpu(const SelectShape& s, const float* scores, const Select
 }
 
 Status select_cpu(const SelectShape& s, const SelectInputs& in, std::int64_t* slots) {
-    Status status = check(s);
-    if (status != Status::kOk) return status;
-    std::vector<float> scores;
-    if (select_scores_matter(s)) {
-        scores.resize(static_cast<std::size_t>(s.batch * s.candidates));
-        status = select_scores_cpu(s, in, scores.data());
-        if (status != Status::kOk) return status;
+    return select_by(s, in, slots, [&](float* scores) { return select_scores_cpu(s, in, scores); });
+}
+
+Status select_scores_cpu_fast(const SelectShape& s, const SelectInputs& in, float* scores, const Pool& pool) {
+    const Status status = check_scores(s, in, scores);
+    if (status != Status::kOk || nothing_to_score(s)) return status;
+    if (s.dtype != DType::kFloat32) return Status::kInvalidShape;
+    const auto& form = cpu::fast() ? attention_forms::kFast : attention_forms::kPortable;
+    const std::int64_t heads = s.heads / s.kv_heads, width = s.kv_heads * s.head_size;
+    std::vector<float> sums(static_cast<std::size_t>(s.batch * s.kv_heads * s.rows), 0.0F);
+    const bool good = cpu::run(pool, s.batch * s.kv_heads, [&](std::int64_t index) {
+        const std::int64_t item = index / s.kv_heads, group_index = index % s.kv_heads;
+        attention_forms::Group group{};
+        group.q = static_cast<const float*>(in.q_last) + index * heads * s.head_size;
+        group.keys = static_cast<const float*>(in.keys) + item * s.rows * width + group_index * s.head_size;
+        group.heads = heads;
+        group.size = s.head_size;
+        group.key_pitch = width;
+        group.before = s.rows - 1;  // the last row sees all of them
+        group.scale = s.scale;
+        thread_local cpu::Scratch mine;
+        form.rank(group, sums.data() + index * s.rows, mine.take<float>(form.scratch(s.rows, s.head_size)));
+    });
+    if (!good) return Status::kOutOfMemory;
+    for (std::int64_t i = 0; i < s.batch * s.candidates; ++i) {
+        if (!in_range(in.candidates[i], s.rows)) return Status::kSlotOutOfRange;
+        const float* sum = sums.data() + i / s.candidates * s.kv_heads * s.rows + in.candidates[i];
+        float total = 0;
+        for (std::int64_t g = 0; g < s.kv_heads; ++g) total += sum[g * s.rows];
+        scores[i] = total / static_cast<float>(s.heads);
     }
-    return select_choose_cpu(s, scores.empty() ? nullptr : scores.data(), in, slots);
+    return Status::kOk;
+}
+
+Status select_cpu_fast(const SelectShape& s, const SelectInputs& in, std::int64_t* slots, const Pool& pool) {
+    return select_by(s, in, slots, [&](float* scores) { return select_scores_cpu_fast(s, in, scores, pool); });
 }
 
 }  // namespace reroute
