@@ -52,9 +52,23 @@ def test_prefill() -> None:
 def test_scaling() -> None:
     cells = result("scaling")["visual"]["cells"]
     found = {cell["candidate"]: cell["summary"]["prefill_ms"]["median"] for cell in cells if cell["size"] == 2304}
-    routed, dense = f"{found['own int8, 64']:,.0f}", f"{found['own int8, dense']:,.0f}"
+    routed, dense = f"{found['own int8+kernels, 64']:,.0f}", f"{found['own int8+kernels, dense']:,.0f}"
     text = re.sub(r"\s+", " ", README)
-    assert f"int8 takes {routed} ms for 2,304 visual tokens, dense {dense}" in text
+    assert f"int8 with kernels takes {routed} ms for 2,304 visual tokens, dense {dense}" in text
+
+
+def test_footprint() -> None:
+    sessions = result("footprint")["sessions"]
+    text = re.sub(r"\s+", " ", README)
+
+    def largest(profile: str, key: str, unit: int) -> float:
+        return max(one[key] for name, one in sessions.items() if name.startswith(f"own {profile},")) / unit
+
+    names = ("int8+kernels", "int4+kernels")
+    peaks = [f"{largest(name, 'peak_rss_bytes', 2**20):.0f} MiB in {name.split('+')[0]}" for name in names]
+    assert f"{largest('fp32', 'peak_rss_bytes', 2**30):.2f} GiB in fp32, and with kernels {' and '.join(peaks)}" in text
+    weights = " and ".join(f"{largest(name, 'weight_bytes', 2**20):.0f} MiB" for name in names)
+    assert f"with {largest('fp32', 'weight_bytes', 2**30):.2f} GiB, {weights} of weights" in text
 
 
 def test_decode() -> None:
