@@ -327,11 +327,18 @@ def test_kernels_keep_99_percent_of_the_tokens_that_float32_keeps(
     assert 0.99 <= manifest.check["fidelity"]["slots"] < 1
 
 
-def test_biases_are_added_behind_the_kernels(fast_library: Path, tmp_path: Path):
-    make_llava(tmp_path / "checkpoint", TinyLlava(text="llama", attention_bias=True, hidden=128))
+@pytest.mark.parametrize("text", ["llama", "qwen2", "qwen3"])
+def test_biases_and_norms_of_heads_stand_between_the_kernels(text: str, fast_library: Path, tmp_path: Path):
+    size = TinyLlava(text=text, attention_bias=text == "llama", tied=text == "qwen2", hidden=128)
+    make_llava(tmp_path / "checkpoint", size)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "export", routing="dense")
     build(tmp_path / "export", tmp_path / "plain", check=False)
     build(tmp_path / "export", tmp_path / "kernels", profile="int8", kernels=fast_library, check=False)
+    kinds = {
+        node.op_type for node in onnx.load(tmp_path / "kernels" / "decoder.onnx", load_external_data=False).graph.node
+    }
+    assert {"Linears", "Attention"} <= kinds
+    assert ("RestOfLayer" in kinds) == (text != "llama")  # whose output has a bias here
     (plain, *_), (kernels, *_) = prefill(tmp_path / "plain", 1), prefill(tmp_path / "kernels", 1)
     assert np.corrcoef(plain, kernels)[0, 1] > 0.98
 
