@@ -96,8 +96,8 @@ def build(
         progress: is told what happens next.
         tensorrt: with the backend "tensorrt", what to build for.
         profile: with the backend "ort", what the weights become (see `reroute.engines.profiles`).
-        kernels: with a quantised profile, the library of plugins_cpp/onnxruntime that multiplies; the bundle gets a
-            copy.
+        kernels: with a quantised profile, the library of plugins_cpp/onnxruntime that runs the layers; the bundle gets
+            a copy.
         evaluate: with a quantised profile, asks the float32 bundle and this one the same questions; part of the check.
 
     Raises:
