@@ -15,7 +15,7 @@ time at R rows, `fixed` what belongs to no layer, and a stage of L_s layers that
 stood before attention, which makes it larger and `allowed` smaller than they are. Without it `allowed` would have the
 cost of one layer too little of its long first stage.
 
-so `allowed` is the time of a routed engine whose routing is free: no scoring, no keys of rows that wait, no gather, no
+So `allowed` is the time of a routed engine whose routing is free: no scoring, no keys of rows that wait, no gather, no
 scatter. `share_of_allowed` is (dense / routed) / (dense / allowed) = allowed / routed, round by round; the aim is 0.95.
 
 Where the rest goes is in the profile, which ONNX Runtime's profiler takes in sessions of their own, because events cost

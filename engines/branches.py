@@ -7,6 +7,7 @@ moves inside, and a decoded token does not pay for it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import onnx
@@ -25,6 +26,15 @@ def names_inside(node: onnx.NodeProto) -> Iterator[str]:
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield from _names(attribute.g)
+
+
+def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read a value, themselves or in a branch; one that reads it twice stands there twice."""
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in names_read(node):
+            readers[name].append(node)
+    return readers
 
 
 def sink(graph: onnx.GraphProto) -> None:

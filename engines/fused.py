@@ -11,14 +11,13 @@ A value between them that something else reads keeps them apart.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import onnx
 from onnx import helper
 
-from reroute.engines.branches import names_read
+from reroute.engines.branches import readers_of
 
 NORM = "SimplifiedLayerNormalization"
 _GRAPH = onnx.NodeProto()  # stands for the graph, which reads its outputs
@@ -94,10 +93,7 @@ class Fusions:
         """
         self._bits_of = bits_of
         self._makers = {name: node for node in graph.node for name in node.output}
-        self._readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in graph.node:
-            for name in names_read(node):
-                self._readers[name].append(node)
+        self._readers = readers_of(graph)
         for value in graph.output:
             self._readers[value.name].append(_GRAPH)
         self.at: dict[str, Found] = {}

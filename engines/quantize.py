@@ -21,7 +21,6 @@ BLOCKS4, with a step for each row of activations. The output matrix stays BLOCKS
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from reroute.engines.branches import names_inside, names_read
+from reroute.engines.branches import names_inside, readers_of
 from reroute.engines.dialects.ort import KERNELS
 from reroute.engines.fused import Fusions, GatedMlp, Linears, RestOfLayer
 from reroute.engines.packing import Blocks, Columns8, blocked4, blocked8, blocked_shape, blocks, columns8
@@ -113,10 +112,7 @@ class _Rewrite:
         self.matrices = {
             tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and tensor.data_type == FLOAT
         }
-        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in graph.node:
-            for name in names_read(node):
-                self.readers[name].append(node)
+        self.readers = readers_of(graph)
         # Branches stay as they are: there a decision makes its scores.
         self.inside = {name for node in graph.node for name in names_inside(node)}
         self.outputs = {value.name for value in graph.output}

@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <limits>
+#include <new>
 #include <thread>
 
 #include "ort_abi.h"
@@ -14,12 +16,6 @@ namespace reroute::ort {
 
 inline Error* fail(const Api* api, ErrorCode code, const char* message) {
     return CreateStatus::call(api, code, message);
-}
-
-// What a call's kernel returns to ONNX Runtime.
-inline Error* finish(const Api* api, Error* failed, Status status) {
-    if (failed != nullptr) return failed;
-    return status == Status::kOk ? nullptr : fail(api, kFail, describe(status));
 }
 
 // Threads of the machine that this process may use: what the session has is not told.
@@ -91,19 +87,94 @@ Error* output(const Api* api, KernelContext* context, std::size_t index, const S
     return data_of(api, value, data);
 }
 
-// An operator whose inputs and outputs are all there; names, types, counts and functions are the caller's.
-inline CustomOp described() {
+// Reads a node's attributes one after the other; the first error stays.
+class Attributes {
+  public:
+    Attributes(const Api* api, const KernelInfo* info) : api_(api), info_(info) {}
+
+    std::int64_t whole(const char* name) {
+        std::int64_t value = 0;
+        if (error_ == nullptr) error_ = KernelInfoGetAttributeInt64::call(api_, info_, name, &value);
+        return value;
+    }
+    float real(const char* name) {
+        float value = 0;
+        if (error_ == nullptr) error_ = KernelInfoGetAttributeFloat::call(api_, info_, name, &value);
+        return value;
+    }
+    Error* error() const { return error_; }
+
+  private:
+    const Api* api_;
+    const KernelInfo* info_;
+    Error* error_ = nullptr;
+};
+
+// What every node has.
+struct Node {
+    const Api* api = nullptr;
+    int threads = 1;
+};
+
+template <typename Op>
+Error* create(const CustomOp*, const Api* api, const KernelInfo* info, void** kernel) {
+    auto* made = new (std::nothrow) typename Op::Kernel;
+    if (made == nullptr) return fail(api, kFail, "out of memory");
+    made->api = api;
+    made->threads = machine_threads();
+    Attributes attributes(api, info);
+    Op::make(attributes, *made);
+    if (Error* error = attributes.error()) {
+        delete made;
+        return error;
+    }
+    *kernel = made;
+    return nullptr;
+}
+
+template <typename Op>
+Error* compute(void* self, KernelContext* context) try {
+    auto& node = *static_cast<typename Op::Kernel*>(self);
+    Threads threads{node.api, context, node.threads};
+    Status status = Status::kOk;
+    if (Error* error = Op::compute(node, context, threads.pool(), &status)) return error;
+    if (threads.failed() != nullptr || status == Status::kOk) return threads.failed();
+    return fail(node.api, kFail, describe(status));
+} catch (const std::bad_alloc&) {
+    return fail(static_cast<typename Op::Kernel*>(self)->api, kFail, describe(Status::kOutOfMemory));
+}
+
+// The operator that `Op` says:
+//
+//   Kernel                       a Node, and what it is made from
+//   kName, kInputs, kOutputs     the name, and the types of what it takes and gives
+//   kRequiredInputs, -Outputs    how many of them must be there
+//   make(Attributes&, Kernel&)
+//   compute(Kernel&, KernelContext*, Pool, Status*)
+template <typename Op>
+CustomOp described_by() {
     CustomOp op{};
     op.version = kApiVersion;
+    op.name = [](const CustomOp*) { return Op::kName; };
     op.provider = [](const CustomOp*) { return "CPUExecutionProvider"; };
-    op.output_type = [](const CustomOp*, std::size_t) { return kFloat; };
-    op.input_characteristic = [](const CustomOp*, std::size_t) { return kRequired; };
-    op.output_characteristic = [](const CustomOp*, std::size_t) { return kRequired; };
+    op.input_type = [](const CustomOp*, std::size_t index) { return Op::kInputs[index]; };
+    op.input_count = [](const CustomOp*) { return std::size(Op::kInputs); };
+    op.output_type = [](const CustomOp*, std::size_t index) { return Op::kOutputs[index]; };
+    op.output_count = [](const CustomOp*) { return std::size(Op::kOutputs); };
+    op.destroy = [](void* kernel) { delete static_cast<typename Op::Kernel*>(kernel); };
+    op.input_characteristic = [](const CustomOp*, std::size_t index) {
+        return index < Op::kRequiredInputs ? kRequired : kOptional;
+    };
+    op.output_characteristic = [](const CustomOp*, std::size_t index) {
+        return index < Op::kRequiredOutputs ? kRequired : kOptional;
+    };
     op.input_memory = [](const CustomOp*, std::size_t) { return kDefaultMemory; };
     op.variadic_input_min = [](const CustomOp*) { return 1; };
     op.variadic_input_same = [](const CustomOp*) { return 1; };
     op.variadic_output_min = [](const CustomOp*) { return 1; };
     op.variadic_output_same = [](const CustomOp*) { return 1; };
+    op.create_kernel_v2 = create<Op>;
+    op.compute_v2 = compute<Op>;
     op.start_version = [](const CustomOp*) { return 1; };
     op.end_version = [](const CustomOp*) { return std::numeric_limits<int>::max(); };
     return op;

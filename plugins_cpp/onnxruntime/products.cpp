@@ -5,8 +5,6 @@
 //
 // Rows are float [..., K], norms float [K]; matrices, and what is computed, are as in reroute/rows8.h.
 #include <atomic>
-#include <iterator>
-#include <new>
 
 #include "kernel.h"
 #include "reroute/rows8.h"
@@ -15,9 +13,7 @@ namespace reroute::ort {
 namespace {
 
 // What a node is made from; each operator has some of it.
-struct Node {
-    const Api* api = nullptr;
-    int threads = 1;
+struct Product : Node {
     std::atomic<bool> checked{false};  // that its matrices are of their size: they are the graph's and do not change
     Matrix matrices[3];                // of a linear, several, or a gated MLP, without the values
     int count = 1;                     // of several
@@ -25,36 +21,14 @@ struct Node {
     float epsilon = 0;
 };
 
-// Reads a node's attributes one after the other; the first error stays.
-class Attributes {
-  public:
-    Attributes(const Api* api, const KernelInfo* info) : api_(api), info_(info) {}
-
-    std::int64_t whole(const char* name) {
-        std::int64_t value = 0;
-        if (error_ == nullptr) error_ = KernelInfoGetAttributeInt64::call(api_, info_, name, &value);
-        return value;
-    }
-    float real(const char* name) {
-        float value = 0;
-        if (error_ == nullptr) error_ = KernelInfoGetAttributeFloat::call(api_, info_, name, &value);
-        return value;
-    }
-    Matrix matrix(std::int64_t rows, std::int64_t columns, const char* bits) {
-        return {rows, columns, static_cast<int>(whole(bits)), nullptr};
-    }
-    Error* error() const { return error_; }
-
-  private:
-    const Api* api_;
-    const KernelInfo* info_;
-    Error* error_ = nullptr;
-};
+Matrix matrix_of(Attributes& attributes, std::int64_t rows, std::int64_t columns, const char* bits) {
+    return {rows, columns, static_cast<int>(attributes.whole(bits)), nullptr};
+}
 
 // Reads a call's inputs one after the other; the first error stays.
 class Inputs {
   public:
-    Inputs(const Node& node, const KernelContext* context) : node_(node), context_(context) {}
+    Inputs(Product& node, const KernelContext* context) : node_(node), context_(context) {}
 
     // Rows of `width`; `like` are rows that must be as many.
     const float* rows(std::int64_t width, Shape* shape, const Shape* like = nullptr) {
@@ -73,7 +47,11 @@ class Inputs {
         return matrix;
     }
     Norm norm(std::int64_t width) { return {data<float>(width), node_.epsilon}; }
-    Error* error() const { return error_; }
+    // The first error; without one, the matrices are of their size.
+    Error* error() const {
+        if (error_ == nullptr) node_.checked = true;
+        return error_;
+    }
 
   private:
     // A tensor of the graph of `count` elements.
@@ -97,7 +75,7 @@ class Inputs {
         return fail(api, kInvalidArgument, "a matrix is not of the size that the node says");
     }
 
-    const Node& node_;
+    Product& node_;
     const KernelContext* context_;
     std::size_t next_ = 0;
     Error* error_ = nullptr;
@@ -110,21 +88,23 @@ std::int64_t count_of(const Shape& rows) {
 }
 
 // An output with the rows of `shape`, of another width.
-Error* output_rows(const Node& node, KernelContext* context, std::size_t index, Shape shape, std::int64_t width,
+Error* output_rows(Product& node, KernelContext* context, std::size_t index, Shape shape, std::int64_t width,
                    float** y) {
     shape.sizes[shape.rank - 1] = width;
     return output(node.api, context, index, shape, y);
 }
 
 struct LinearOp {
+    using Kernel = Product;
     static constexpr const char* kName = "Linear";
-    static constexpr std::size_t kOutputs = 1, kRequiredInputs = 2, kRequiredOutputs = 1;
+    static constexpr std::size_t kRequiredInputs = 2, kRequiredOutputs = 1;
     static constexpr ElementType kInputs[] = {kFloat, kUint8};
+    static constexpr ElementType kOutputs[] = {kFloat};
 
-    static void make(Attributes& attributes, Node& node) {
-        node.matrices[0] = attributes.matrix(attributes.whole("K"), attributes.whole("N"), "bits");
+    static void make(Attributes& attributes, Product& node) {
+        node.matrices[0] = matrix_of(attributes, attributes.whole("K"), attributes.whole("N"), "bits");
     }
-    static Error* compute(const Node& node, KernelContext* context, Threads& threads, Status* status) {
+    static Error* compute(Product& node, KernelContext* context, const Pool& pool, Status* status) {
         Inputs in(node, context);
         Shape shape;
         const float* x = in.rows(node.matrices[0].rows, &shape);
@@ -132,27 +112,29 @@ struct LinearOp {
         float* y = nullptr;
         if (Error* error = in.error()) return error;
         if (Error* error = output_rows(node, context, 0, shape, weight.columns, &y)) return error;
-        *status = linear(weight, count_of(shape), x, y, threads.pool());
+        *status = linear(weight, count_of(shape), x, y, pool);
         return nullptr;
     }
 };
 
 struct LinearsOp {
+    using Kernel = Product;
     static constexpr const char* kName = "Linears";
-    static constexpr std::size_t kOutputs = 3, kRequiredInputs = 4, kRequiredOutputs = 2;
+    static constexpr std::size_t kRequiredInputs = 4, kRequiredOutputs = 2;
     static constexpr ElementType kInputs[] = {kFloat, kFloat, kUint8, kUint8, kUint8};
+    static constexpr ElementType kOutputs[] = {kFloat, kFloat, kFloat};
 
-    static void make(Attributes& attributes, Node& node) {
+    static void make(Attributes& attributes, Product& node) {
         static constexpr const char* kColumns[] = {"N0", "N1", "N2"};
         static constexpr const char* kBits[] = {"bits0", "bits1", "bits2"};
         const std::int64_t k = attributes.whole("K");
         node.count = attributes.whole("count") == 2 ? 2 : 3;
         for (int i = 0; i < node.count; ++i) {
-            node.matrices[i] = attributes.matrix(k, attributes.whole(kColumns[i]), kBits[i]);
+            node.matrices[i] = matrix_of(attributes, k, attributes.whole(kColumns[i]), kBits[i]);
         }
         node.epsilon = attributes.real("epsilon");
     }
-    static Error* compute(const Node& node, KernelContext* context, Threads& threads, Status* status) {
+    static Error* compute(Product& node, KernelContext* context, const Pool& pool, Status* status) {
         Inputs in(node, context);
         Shape shape;
         const std::int64_t k = node.matrices[0].rows;
@@ -166,18 +148,18 @@ struct LinearsOp {
             const auto place = static_cast<std::size_t>(i);
             if (Error* error = output_rows(node, context, place, shape, weights[i].columns, &ys[i])) return error;
         }
-        *status = linears(norm, weights, ys, node.count, count_of(shape), x, threads.pool());
+        *status = linears(norm, weights, ys, node.count, count_of(shape), x, pool);
         return nullptr;
     }
 };
 
 // Gate, up and down of a node, of widths `outer` and `inner`.
-void make_mlp(Attributes& attributes, Node& node, std::int64_t in, std::int64_t out) {
+void make_mlp(Attributes& attributes, Product& node, std::int64_t in, std::int64_t out) {
     const std::int64_t hidden = attributes.whole("F");
-    node.matrices[0] = node.matrices[1] = attributes.matrix(in, hidden, "bits");
-    node.matrices[2] = attributes.matrix(hidden, out, "bits");
+    node.matrices[0] = node.matrices[1] = matrix_of(attributes, in, hidden, "bits");
+    node.matrices[2] = matrix_of(attributes, hidden, out, "bits");
 }
-Mlp mlp_of(const Node& node, Inputs& in) {
+Mlp mlp_of(Product& node, Inputs& in) {
     Mlp made;
     made.gate = in.matrix(node.matrices[0]);
     made.up = in.matrix(node.matrices[1]);
@@ -186,15 +168,17 @@ Mlp mlp_of(const Node& node, Inputs& in) {
 }
 
 struct MlpOp {
+    using Kernel = Product;
     static constexpr const char* kName = "Mlp";
-    static constexpr std::size_t kOutputs = 1, kRequiredInputs = 4, kRequiredOutputs = 1;
+    static constexpr std::size_t kRequiredInputs = 4, kRequiredOutputs = 1;
     static constexpr ElementType kInputs[] = {kFloat, kUint8, kUint8, kUint8};
+    static constexpr ElementType kOutputs[] = {kFloat};
 
-    static void make(Attributes& attributes, Node& node) {
+    static void make(Attributes& attributes, Product& node) {
         const std::int64_t in = attributes.whole("K"), out = attributes.whole("N");
         make_mlp(attributes, node, in, out);
     }
-    static Error* compute(const Node& node, KernelContext* context, Threads& threads, Status* status) {
+    static Error* compute(Product& node, KernelContext* context, const Pool& pool, Status* status) {
         Inputs in(node, context);
         Shape shape;
         const float* x = in.rows(node.matrices[0].rows, &shape);
@@ -202,23 +186,25 @@ struct MlpOp {
         float* y = nullptr;
         if (Error* error = in.error()) return error;
         if (Error* error = output_rows(node, context, 0, shape, weights.down.columns, &y)) return error;
-        *status = mlp(weights, count_of(shape), x, y, threads.pool());
+        *status = mlp(weights, count_of(shape), x, y, pool);
         return nullptr;
     }
 };
 
 struct RestOfLayerOp {
+    using Kernel = Product;
     static constexpr const char* kName = "RestOfLayer";
-    static constexpr std::size_t kOutputs = 1, kRequiredInputs = 7, kRequiredOutputs = 1;
+    static constexpr std::size_t kRequiredInputs = 7, kRequiredOutputs = 1;
     static constexpr ElementType kInputs[] = {kFloat, kFloat, kUint8, kFloat, kUint8, kUint8, kUint8};
+    static constexpr ElementType kOutputs[] = {kFloat};
 
-    static void make(Attributes& attributes, Node& node) {
+    static void make(Attributes& attributes, Product& node) {
         const std::int64_t width = attributes.whole("D");
-        node.output = attributes.matrix(attributes.whole("K"), width, "output_bits");
+        node.output = matrix_of(attributes, attributes.whole("K"), width, "output_bits");
         make_mlp(attributes, node, width, width);
         node.epsilon = attributes.real("epsilon");
     }
-    static Error* compute(const Node& node, KernelContext* context, Threads& threads, Status* status) {
+    static Error* compute(Product& node, KernelContext* context, const Pool& pool, Status* status) {
         Inputs in(node, context);
         Shape shape, attended;
         const std::int64_t width = node.output.columns;
@@ -230,55 +216,10 @@ struct RestOfLayerOp {
         float* y = nullptr;
         if (Error* error = in.error()) return error;
         if (Error* error = output_rows(node, context, 0, shape, width, &y)) return error;
-        *status = rest_of_layer(output_matrix, norm, weights, count_of(shape), h, a, y, threads.pool());
+        *status = rest_of_layer(output_matrix, norm, weights, count_of(shape), h, a, y, pool);
         return nullptr;
     }
 };
-
-template <typename Op>
-Error* create(const CustomOp*, const Api* api, const KernelInfo* info, void** kernel) {
-    auto* made = new (std::nothrow) Node;
-    if (made == nullptr) return fail(api, kFail, "out of memory");
-    made->api = api;
-    made->threads = machine_threads();
-    Attributes attributes(api, info);
-    Op::make(attributes, *made);
-    if (Error* error = attributes.error()) {
-        delete made;
-        return error;
-    }
-    *kernel = made;
-    return nullptr;
-}
-
-template <typename Op>
-Error* compute(void* self, KernelContext* context) {
-    Node& node = *static_cast<Node*>(self);
-    Threads threads{node.api, context, node.threads};
-    Status status = Status::kOk;
-    if (Error* error = Op::compute(node, context, threads, &status)) return error;
-    node.checked = true;
-    return finish(node.api, threads.failed(), status);
-}
-
-template <typename Op>
-CustomOp described_by() {
-    CustomOp made = described();
-    made.name = [](const CustomOp*) { return Op::kName; };
-    made.input_type = [](const CustomOp*, std::size_t index) { return Op::kInputs[index]; };
-    made.input_count = [](const CustomOp*) { return std::size(Op::kInputs); };
-    made.output_count = [](const CustomOp*) { return Op::kOutputs; };
-    made.input_characteristic = [](const CustomOp*, std::size_t index) {
-        return index < Op::kRequiredInputs ? kRequired : kOptional;
-    };
-    made.output_characteristic = [](const CustomOp*, std::size_t index) {
-        return index < Op::kRequiredOutputs ? kRequired : kOptional;
-    };
-    made.destroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
-    made.create_kernel_v2 = create<Op>;
-    made.compute_v2 = compute<Op>;
-    return made;
-}
 
 }  // namespace
 

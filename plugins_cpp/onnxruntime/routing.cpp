@@ -4,9 +4,6 @@
 //
 // The ops of export/ops.py with the names, inputs and attributes of the TensorRT plugins (plugins_cpp/README.md has their
 // contract), in float32.
-#include <iterator>
-#include <new>
-
 #include "kernel.h"
 #include "reroute/rows.h"
 #include "reroute/select.h"
@@ -14,10 +11,8 @@
 namespace reroute::ort {
 namespace {
 
-struct Routing {
-    const Api* api = nullptr;
-    int threads = 1;
-    SelectShape select;  // of a select: what its attributes say
+struct Select : Node {
+    SelectShape shape;  // what its attributes say
 };
 
 Error* misfit(const Api* api) { return fail(api, kInvalidArgument, "the shapes of the inputs do not fit each other"); }
@@ -30,18 +25,19 @@ Status shape_of_rows(const Shape& full, const Shape& slots, RowsShape* shape) {
 }
 
 struct SelectOp {
+    using Kernel = Select;
+    static constexpr std::size_t kRequiredInputs = 4, kRequiredOutputs = 1;
     static constexpr const char* kName = "RerouteSelect";
     static constexpr ElementType kInputs[] = {kFloat, kFloat, kInt64, kInt64};
-    static constexpr ElementType kOutput = kInt64;
+    static constexpr ElementType kOutputs[] = {kInt64};
 
-    static Error* make(const Api* api, const KernelInfo* info, Routing& node) {
-        SelectShape& s = node.select;
-        if (Error* error = KernelInfoGetAttributeInt64::call(api, info, "keep", &s.keep)) return error;
-        if (Error* error = KernelInfoGetAttributeInt64::call(api, info, "num_heads", &s.heads)) return error;
-        if (Error* error = KernelInfoGetAttributeInt64::call(api, info, "num_kv_heads", &s.kv_heads)) return error;
-        return KernelInfoGetAttributeFloat::call(api, info, "scale", &s.scale);
+    static void make(Attributes& attributes, Select& node) {
+        node.shape.keep = attributes.whole("keep");
+        node.shape.heads = attributes.whole("num_heads");
+        node.shape.kv_heads = attributes.whole("num_kv_heads");
+        node.shape.scale = attributes.real("scale");
     }
-    static Error* compute(const Routing& node, KernelContext* context, Threads& threads, Status* status) {
+    static Error* compute(const Select& node, KernelContext* context, const Pool& pool, Status* status) {
         Shape q, keys, candidates, always;
         const float *q_data = nullptr, *key_data = nullptr;
         const std::int64_t *candidate_data = nullptr, *always_data = nullptr;
@@ -49,7 +45,7 @@ struct SelectOp {
         if (Error* error = input(node.api, context, 1, &keys, &key_data)) return error;
         if (Error* error = input(node.api, context, 2, &candidates, &candidate_data)) return error;
         if (Error* error = input(node.api, context, 3, &always, &always_data)) return error;
-        SelectShape s = node.select;
+        SelectShape s = node.shape;
         if (q.rank != 2 || keys.rank != 3 || candidates.rank != 2 || always.rank != 2) return misfit(node.api);
         s.batch = q.sizes[0];
         s.rows = keys.sizes[1];
@@ -64,18 +60,20 @@ struct SelectOp {
         std::int64_t* slots = nullptr;
         const Shape made{{s.batch, select_length(s)}, 2};
         if (Error* error = output(node.api, context, 0, made, &slots)) return error;
-        *status = select_cpu_fast(s, {q_data, key_data, candidate_data, always_data}, slots, threads.pool());
+        *status = select_cpu_fast(s, {q_data, key_data, candidate_data, always_data}, slots, pool);
         return nullptr;
     }
 };
 
 struct GatherOp {
+    using Kernel = Node;
+    static constexpr std::size_t kRequiredInputs = 2, kRequiredOutputs = 1;
     static constexpr const char* kName = "RerouteGather";
     static constexpr ElementType kInputs[] = {kFloat, kInt64};
-    static constexpr ElementType kOutput = kFloat;
+    static constexpr ElementType kOutputs[] = {kFloat};
 
-    static Error* make(const Api*, const KernelInfo*, Routing&) { return nullptr; }
-    static Error* compute(const Routing& node, KernelContext* context, Threads& threads, Status* status) {
+    static void make(Attributes&, Node&) {}
+    static Error* compute(const Node& node, KernelContext* context, const Pool& pool, Status* status) {
         Shape full, slots;
         const float* full_data = nullptr;
         const std::int64_t* slot_data = nullptr;
@@ -86,18 +84,20 @@ struct GatherOp {
         float* picked = nullptr;
         const Shape made{{shape.batch, shape.picked, full.sizes[2]}, 3};
         if (Error* error = output(node.api, context, 0, made, &picked)) return error;
-        *status = gather_cpu_fast(shape, full_data, slot_data, picked, threads.pool());
+        *status = gather_cpu_fast(shape, full_data, slot_data, picked, pool);
         return nullptr;
     }
 };
 
 struct ScatterOp {
+    using Kernel = Node;
+    static constexpr std::size_t kRequiredInputs = 3, kRequiredOutputs = 1;
     static constexpr const char* kName = "RerouteScatter";
     static constexpr ElementType kInputs[] = {kFloat, kInt64, kFloat};
-    static constexpr ElementType kOutput = kFloat;
+    static constexpr ElementType kOutputs[] = {kFloat};
 
-    static Error* make(const Api*, const KernelInfo*, Routing&) { return nullptr; }
-    static Error* compute(const Routing& node, KernelContext* context, Threads& threads, Status* status) {
+    static void make(Attributes&, Node&) {}
+    static Error* compute(const Node& node, KernelContext* context, const Pool& pool, Status* status) {
         Shape full, slots, rows;
         const float *full_data = nullptr, *row_data = nullptr;
         const std::int64_t* slot_data = nullptr;
@@ -111,45 +111,10 @@ struct ScatterOp {
         }
         float* updated = nullptr;
         if (Error* error = output(node.api, context, 0, full, &updated)) return error;
-        *status = scatter_cpu_fast(shape, full_data, slot_data, row_data, updated, threads.pool());
+        *status = scatter_cpu_fast(shape, full_data, slot_data, row_data, updated, pool);
         return nullptr;
     }
 };
-
-template <typename Op>
-Error* create(const CustomOp*, const Api* api, const KernelInfo* info, void** kernel) {
-    Routing made;
-    made.api = api;
-    made.threads = machine_threads();
-    if (Error* error = Op::make(api, info, made)) return error;
-    *kernel = new (std::nothrow) Routing(made);
-    return *kernel == nullptr ? fail(api, kFail, "out of memory") : nullptr;
-}
-
-template <typename Op>
-Error* compute(void* self, KernelContext* context) try {
-    const Routing& node = *static_cast<Routing*>(self);
-    Threads threads{node.api, context, node.threads};
-    Status status = Status::kOk;
-    if (Error* error = Op::compute(node, context, threads, &status)) return error;
-    return finish(node.api, threads.failed(), status);
-} catch (const std::bad_alloc&) {
-    return fail(static_cast<Routing*>(self)->api, kFail, describe(Status::kOutOfMemory));
-}
-
-template <typename Op>
-CustomOp described_by() {
-    CustomOp made = described();
-    made.name = [](const CustomOp*) { return Op::kName; };
-    made.input_type = [](const CustomOp*, std::size_t index) { return Op::kInputs[index]; };
-    made.input_count = [](const CustomOp*) { return std::size(Op::kInputs); };
-    made.output_type = [](const CustomOp*, std::size_t) { return Op::kOutput; };
-    made.output_count = [](const CustomOp*) { return std::size_t{1}; };
-    made.destroy = [](void* kernel) { delete static_cast<Routing*>(kernel); };
-    made.create_kernel_v2 = create<Op>;
-    made.compute_v2 = compute<Op>;
-    return made;
-}
 
 }  // namespace
 

@@ -45,8 +45,7 @@ def test_groups_follow_bodies_and_weights() -> None:
     assert list(groups_of(nodes, scoring_layers=[2]).values()) == [
         "embedding", "embedding", "norms", "attention projections", "scoring projection", "MLP",
         "attention projections", "output projection", "select", "select", "gather", "scatter", "attention",
-        "elementwise",
-        "attention projections", "attention", "rest of layers", "output matrix", "shapes",
+        "elementwise", "attention projections", "attention", "rest of layers", "output matrix", "shapes",
     ]  # fmt: skip
 
 

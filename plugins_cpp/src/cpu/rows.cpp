@@ -21,12 +21,6 @@ Status check_slots(const RowsShape& s, const std::int64_t* slots, bool must_asce
     return Status::kOk;
 }
 
-// Calls copy(full row index, picked row index) for every slot.
-template <typename Copy>
-void for_each_slot(const RowsShape& s, const std::int64_t* slots, Copy copy) {
-    for (std::int64_t i = 0; i < s.batch * s.picked; ++i) copy(i / s.picked * s.rows + slots[i], i);
-}
-
 constexpr std::int64_t kBytesOfTask = 1 << 18;  // fewer are not worth a second thread
 
 // How many tasks `rows` rows are worth.
@@ -38,17 +32,7 @@ std::int64_t tasks(std::int64_t rows, std::int64_t row_bytes, const Pool& pool) 
 }  // namespace
 
 Status gather_cpu(const RowsShape& s, const void* full, const std::int64_t* slots, void* picked) noexcept {
-    Status status = check_gather(s, full, slots, picked);
-    if (status != Status::kOk || nothing_picked(s)) return status;
-    status = check_slots(s, slots, false);
-    if (status != Status::kOk) return status;
-
-    const auto bytes = static_cast<std::size_t>(s.row_bytes);
-    for_each_slot(s, slots, [&](std::int64_t row, std::int64_t i) {
-        std::memcpy(static_cast<Byte*>(picked) + i * s.row_bytes, static_cast<const Byte*>(full) + row * s.row_bytes,
-                    bytes);
-    });
-    return Status::kOk;
+    return gather_cpu_fast(s, full, slots, picked, serial_pool());
 }
 
 Status scatter_cpu(const RowsShape& s, const void* full, const std::int64_t* slots, const void* picked,
@@ -60,10 +44,11 @@ Status scatter_cpu(const RowsShape& s, const void* full, const std::int64_t* slo
 
     if (updated != full) std::memcpy(updated, full, static_cast<std::size_t>(s.batch * s.rows * s.row_bytes));
     const auto bytes = static_cast<std::size_t>(s.row_bytes);
-    for_each_slot(s, slots, [&](std::int64_t row, std::int64_t i) {
+    for (std::int64_t i = 0; i < s.batch * s.picked; ++i) {
+        const std::int64_t row = i / s.picked * s.rows + slots[i];
         std::memcpy(static_cast<Byte*>(updated) + row * s.row_bytes, static_cast<const Byte*>(picked) + i * s.row_bytes,
                     bytes);
-    });
+    }
     return Status::kOk;
 }
 
